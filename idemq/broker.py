@@ -1,0 +1,90 @@
+"""What a broker module offers to the worker: a `Source` to read from, which delivers `Delivery` objects.
+
+Brokers know no tables and the handler path knows no broker; they meet in `worker`. Everything here is
+synchronous and thread-safe: a broker that needs a thread or an event loop of its own hides it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from idemq.message import Message
+
+
+class Delivery(Protocol):
+    """One message handed to this process by a broker, until it is settled or its epoch ends.
+
+    An epoch is one incarnation of connection and channel (RabbitMQ), or one assignment of a partition
+    (Kafka). When it ends, the broker gives the message to somebody again, and settling the old delivery must
+    have no effect: not an error, and never an acknowledgement of something else.
+    """
+
+    @property
+    def message(self) -> Message: ...
+
+    def start(self) -> bool:
+        """Called right before each attempt: False means that the epoch is over and nothing may be run."""
+        ...
+
+    def ack(self) -> None:
+        """Acknowledge, at once or soon; returns without waiting for the broker; never raises.
+
+        Called at most once, only after what the verdict says is committed.
+        """
+        ...
+
+    def drop(self) -> None:
+        """The worker will not settle this delivery: it is left to the broker's redelivery.
+
+        Called when `start()` said False, and for what is still unsettled when the worker stops.
+        """
+        ...
+
+
+#: Takes deliveries from a broker's thread; must not block.
+Deliver = Callable[[Sequence[Delivery]], None]
+
+
+class Subscription(Protocol):
+    """A running consumer of one source."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended this subscription for good (a deleted queue, refused credentials), else None."""
+        ...
+
+    @property
+    def connected(self) -> bool:
+        """The broker knows this consumer now, and a sign of life came lately."""
+        ...
+
+    def pause(self) -> None:
+        """Take no more deliveries. What was delivered may still be started and settled."""
+        ...
+
+    def close(self, timeout: float) -> None:
+        """Send what was acknowledged, give the rest back and disconnect, in at most `timeout` seconds."""
+        ...
+
+
+class Source(Protocol):
+    """A queue or topic with a group, declared by the user: `rabbit.queue(...)`, `kafka.topic(...)`."""
+
+    @property
+    def description(self) -> str:
+        """For people, without secrets: `queue 'payments' on amqp://shop@localhost:5672/`."""
+        ...
+
+    def check(self) -> None:
+        """Raise `SetupError` when the queue or topic is missing or access is refused, and
+        `BrokerUnavailable` when the broker does not answer. Creates what was declared with `declare=True`."""
+        ...
+
+    def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
+        """Start consuming in the background; `consumer` names threads and log lines.
+
+        At most `prefetch` deliveries are unsettled at a time. An unreachable broker is retried for ever,
+        one log line each time; nothing is raised.
+        """
+        ...

@@ -1,0 +1,77 @@
+"""Every error that idemq raises.
+
+IdemqError
+├── SetupError          the app is declared or configured wrongly; says what to change
+├── SchemaError         the tables are missing or wrong; says which command mends them
+├── BrokerUnavailable   the broker cannot be reached now; it is tried again
+├── Conflict            the id was processed with another body
+├── InFlight            the id is being processed elsewhere, and the bounded wait ran out
+├── BrokeTransaction    the handler ended, or tried to end, the transaction that it was lent
+├── NotSettled          a delivery may not be acknowledged yet, and the time to try was used up
+└── BadMessage          a message that cannot be judged; becomes a dead letter with this reason
+    ├── NoId            no id, an ambiguous one, or one over the limit
+    └── Unreadable      a body or header that the decoder refuses
+
+Raised by handlers on purpose:
+Reject                  this message is wrong: a dead letter now, without another try
+
+Without an argument the docstring is the message.
+"""
+
+from __future__ import annotations
+
+
+class IdemqError(Exception):
+    """Something went wrong in idemq."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+
+class SetupError(IdemqError):
+    """The app is declared wrongly."""
+
+
+class SchemaError(IdemqError):
+    """The tables of idemq are missing or wrong; `idemq db upgrade APP` makes them."""
+
+
+class BrokerUnavailable(IdemqError):
+    """The broker cannot be reached now."""
+
+
+class Conflict(IdemqError):
+    """The id was processed before with another body."""
+
+
+class InFlight(IdemqError):
+    """The id is being processed by somebody else, and the wait for it ran out."""
+
+
+class BrokeTransaction(IdemqError):
+    """The handler ended the transaction that it was lent."""
+
+
+class NotSettled(IdemqError):
+    """The message is not processed yet: do not acknowledge it."""
+
+
+class BadMessage(IdemqError):
+    """The message cannot be judged."""
+
+    #: The reason under which the dead letter is filed.
+    reason = "unreadable"
+
+
+class NoId(BadMessage):
+    """The message has no usable id."""
+
+    reason = "no id"
+
+
+class Unreadable(BadMessage):
+    """The message cannot be decoded."""
+
+
+class Reject(Exception):
+    """Raise it from a handler: the message is wrong and becomes a dead letter now, with this reason."""

@@ -1,0 +1,155 @@
+"""What a message is to idemq, whatever broker it came from, and what became of it.
+
+`Message` is a plain value; `Verdict` says what is already durable about a message when it is returned, so
+that acknowledging on `Ack` or `Dead` can lose nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+from idemq.errors import NoId
+
+#: The longest message id, in bytes of UTF-8.
+MAX_ID_BYTES = 1024
+
+#: Header names that carry an id when the broker's own property is empty, tried in this order.
+ID_HEADERS = ("message-id", "message_id", "x-message-id", "idempotency-key")
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One message as the broker gave it: raw bytes, headers, and where it came from."""
+
+    #: The raw bytes; None only for a Kafka tombstone.
+    body: bytes | None
+    #: Header values as the broker's protocol gives them; Kafka's are text where they are UTF-8, else bytes.
+    headers: Mapping[str, Any] = field(default=_NOTHING)
+    #: The broker's own message id property, later the id that the consumer's `id=` rule found.
+    id: str | None = None
+    #: The Kafka record key.
+    key: bytes | None = None
+    content_type: str | None = None
+    content_encoding: str | None = None
+    #: When the publisher says it was sent (AMQP timestamp: whole seconds), None when it does not say.
+    sent_at: datetime | None = None
+    #: The broker says that it delivered this before. A hint: False proves nothing.
+    redelivered: bool = False
+    #: Where it came from, for people: queue, exchange and routing key, or topic, partition and offset.
+    origin: Mapping[str, Any] = field(default=_NOTHING)
+    #: The broker's remaining properties (AMQP `correlation_id`, `type`, `user_id`, ...).
+    properties: Mapping[str, Any] = field(default=_NOTHING)
+    #: Header names that came more than once: never used as an id.
+    repeated: frozenset[str] = frozenset()
+    #: Why the broker's client could not read it (then body and headers may be incomplete), else None.
+    unreadable: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The claim and the work are committed (or were, by an earlier delivery): acknowledge."""
+
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """The message is durably a dead letter: acknowledge."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Nothing is settled: the worker keeps the delivery and tries again after a growing delay."""
+
+    cause: str
+    #: The handler failed (False: the database, a twin in flight or a doubt is the cause).
+    failed: bool = False
+
+
+Verdict = Ack | Dead | Release
+
+#: Where a consumer takes the id from: header names tried in order, or a function of the message.
+IdRule = Sequence[str] | Callable[[Message], str | UUID | None]
+
+
+def message_id(message: Message, rule: IdRule | None) -> str:
+    """The id of `message` by `rule`, as text.
+
+    Without a rule: the broker's own property, then CloudEvents (source and id together, in the AMQP and
+    Kafka spellings), then `ID_HEADERS`. Raises `NoId` where there is none, where a header that would be used
+    came twice, and above 1,024 bytes: an id is never guessed.
+    """
+    if rule is None:
+        found: object = message.id or _cloud_event(message) or _first_header(message, ID_HEADERS)
+    elif callable(rule):
+        found = rule(message)
+    else:
+        found = _first_header(message, rule)
+    if isinstance(found, bytes):
+        found = found.decode("utf-8", "surrogateescape")
+    if found is None or found == "" or isinstance(found, bool) or not isinstance(found, str | UUID | int):
+        raise NoId(f"no usable message id (found {type(found).__name__})" if found is not None else None)
+    text = str(found)
+    if len(encoded(text)) > MAX_ID_BYTES:
+        raise NoId(f"the message id is {len(encoded(text))} bytes long; at most {MAX_ID_BYTES} are allowed")
+    return text
+
+
+def _first_header(message: Message, names: Sequence[str]) -> object:
+    for name in names:
+        if name in message.repeated:
+            raise NoId(f"the header {name!r} came more than once")
+        value = message.headers.get(name)
+        if value is not None and value != "" and value != b"":
+            return value
+    return None
+
+
+def _cloud_event(message: Message) -> object:
+    for prefix in ("cloudEvents:", "cloudEvents_", "ce_", "ce-"):
+        source = _first_header(message, (prefix + "source",))
+        event = _first_header(message, (prefix + "id",))
+        if isinstance(source, str) and isinstance(event, str):
+            return f"{source} {event}"
+    return None
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8 that accepts every str: lone surrogates and smuggled bytes keep distinct encodings."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def key_of(identifier: str) -> bytes:
+    """The 16 bytes under which `identifier` is stored.
+
+    A canonical UUID (any version but 8) is itself; everything else is its BLAKE2b digest (RFC 7693), stamped
+    as a version 8 UUID (RFC 9562), so that the two kinds cannot meet.
+    """
+    if len(identifier) == 36:
+        try:
+            value = UUID(identifier)
+        except ValueError:
+            pass
+        else:
+            if str(value) == identifier and value.version != 8:
+                return value.bytes
+    digest = bytearray(blake2b(encoded(identifier), digest_size=16).digest())
+    digest[6] = digest[6] & 0x0F | 0x80
+    digest[8] = digest[8] & 0x3F | 0x80
+    return bytes(digest)
+
+
+def fingerprint_of(body: bytes | None) -> int:
+    """Four bytes of the body's BLAKE2b digest as a signed integer; a tombstone has its own."""
+    data = b"\x00idemq tombstone" if body is None else body
+    return int.from_bytes(blake2b(data, digest_size=4).digest(), "big", signed=True)

@@ -1,0 +1,224 @@
+"""The tables of idemq, as SQLAlchemy metadata.
+
+`metadata` is for users who run their own Alembic migrations. Everything that identifies something is stored
+and compared as bytes: text keys would be equal under MySQL's collations where they are not.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+)
+from sqlalchemy.dialects import mysql
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+
+class Key(TypeDecorator[bytes]):
+    """16 bytes: `uuid` on PostgreSQL, BINARY(16) on MySQL and MariaDB, BLOB on SQLite; `bytes` in Python."""
+
+    impl = LargeBinary(16)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(Uuid())
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.BINARY(16))
+        return dialect.type_descriptor(LargeBinary(16))
+
+    def process_bind_param(self, value: bytes | None, dialect: Dialect) -> Any:
+        return UUID(bytes=value) if value is not None and dialect.name == "postgresql" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> bytes | None:
+        return value.bytes if isinstance(value, UUID) else value
+
+
+class Time(TypeDecorator[datetime]):
+    """A moment in UTC with microseconds; aware in Python, naive UTC in databases without time zones."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in ("mysql", "mariadb"):
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        return dialect.type_descriptor(DateTime(timezone=dialect.name == "postgresql"))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+#: A text that identifies something: compared as bytes on every database.
+Name = LargeBinary(255).with_variant(mysql.VARBINARY(255), "mysql", "mariadb")
+#: Bodies; LargeBinary alone would be cut off at 65,535 bytes on MySQL.
+Body = LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
+#: Headers, properties and results.
+Blob = LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
+#: Error texts.
+LongText = Text().with_variant(mysql.MEDIUMTEXT(charset="utf8mb4"), "mysql", "mariadb")
+#: SQLite numbers rows only in an INTEGER primary key.
+Serial = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def build(schema: str | None = None) -> MetaData:
+    """The tables, in the database schema `schema` (None: the connection's default)."""
+    metadata = MetaData(schema=schema)
+    options: dict[str, Any] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
+    _heart(metadata, options)
+    _failures(metadata, options)
+    _leaving(metadata, options)
+    return metadata
+
+
+def _heart(metadata: MetaData, options: dict[str, Any]) -> None:
+    Table(
+        "idemq_consumers",
+        metadata,
+        Column("id", Integer, primary_key=True, autoincrement=True),
+        Column("horizon", Time),  # the newest sent_at that pruning has forgotten
+        Column("keep", BigInteger),  # how long ids are remembered, in seconds
+        sqlite_autoincrement=True,  # a number is never given to a second consumer
+        **options,
+    )
+    Table(
+        "idemq_consumer_names",
+        metadata,
+        Column("name", Name, primary_key=True),
+        Column("consumer", Integer, ForeignKey(_in(metadata, "idemq_consumers.id")), nullable=False),
+        **options,
+    )
+    Table(
+        "idemq_processed",
+        metadata,
+        Column("consumer", Integer, primary_key=True, autoincrement=False),
+        Column("id", Key, primary_key=True),
+        Column("fingerprint", Integer),
+        Column("sent_at", Time),
+        Column("at", Time, nullable=False),
+        Column("result", Blob),
+        # Which attempt wrote the row; PostgreSQL has xmin for that, and leaves it null.
+        Column("token", LargeBinary(8).with_variant(mysql.BINARY(8), "mysql", "mariadb")),
+        Index("idemq_processed_at", "at"),
+        **options,
+    )
+
+
+def _failures(metadata: MetaData, options: dict[str, Any]) -> None:
+    Table(
+        "idemq_failed",
+        metadata,
+        Column("seq", Serial, primary_key=True, autoincrement=True),  # arrival order within a lane
+        Column("pk", Key, nullable=False, unique=True),
+        Column("consumer", Integer, nullable=False),
+        Column("identity", Key, nullable=False),
+        Column("owns_claim", Boolean, nullable=False),
+        Column("state", SmallInteger, nullable=False),  # 1 waiting, 2 dead
+        Column("reason", String(40), nullable=False),
+        Column("lane", Key),
+        Column("not_before", Time),
+        Column("attempts", Integer, nullable=False, default=0),
+        Column("starts", Integer, nullable=False, default=0),
+        Column("crashes", Integer, nullable=False, default=0),
+        Column("alone", Boolean, nullable=False, default=False),
+        Column("owner", Key),
+        Column("lease_until", Time),
+        Column("copies", Integer, nullable=False, default=1),
+        Column("fingerprint", Integer),
+        Column("sent_at", Time),
+        Column("body", Body),
+        Column("headers", Blob),
+        Column("properties", Blob),
+        Column("origin", Blob),
+        Column("error", LongText),
+        Column("first_at", Time, nullable=False),
+        Column("last_at", Time, nullable=False),
+        UniqueConstraint("consumer", "identity", name="idemq_failed_identity"),
+        Index("idemq_failed_due", "consumer", "state", "not_before"),
+        Index("idemq_failed_lane", "consumer", "lane", "seq"),
+        sqlite_autoincrement=True,
+        **options,
+    )
+
+
+def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
+    Table(
+        "idemq_outgoing",
+        metadata,
+        Column("seq", Serial, primary_key=True, autoincrement=True),
+        Column("pk", Key, nullable=False, unique=True),
+        Column("kind", SmallInteger, nullable=False),  # 1 message to publish, 2 effect to run
+        Column("state", SmallInteger, nullable=False),  # 1 waiting, 2 sending, 3 in doubt, 4 failed
+        Column("target", Name, nullable=False),  # the broker's or the effect's name
+        Column("destination", Blob),
+        Column("lane", Key),
+        Column("body", Body),
+        Column("headers", Blob),
+        Column("attempts", Integer, nullable=False, default=0),
+        Column("not_before", Time),
+        Column("first_sending_at", Time),
+        Column("owner", Key),
+        Column("lease_until", Time),
+        Column("error", LongText),
+        Column("at", Time, nullable=False),
+        Index("idemq_outgoing_due", "state", "not_before"),
+        Index("idemq_outgoing_lane", "lane", "seq"),
+        sqlite_autoincrement=True,
+        **options,
+    )
+    Table(
+        "idemq_lanes",
+        metadata,
+        Column("consumer", Integer, primary_key=True, autoincrement=False),
+        Column("lane", Key, primary_key=True),
+        Column("generation", BigInteger, nullable=False),
+        Column("owner", Key),
+        Column("at", Time, nullable=False),
+        **options,
+    )
+    Table(
+        "idemq_tokens",
+        metadata,
+        Column("digest", Key, primary_key=True),
+        Column("scope", Name, nullable=False),
+        Column("expires_at", Time),
+        **options,
+    )
+
+
+def _in(metadata: MetaData, name: str) -> str:
+    return f"{metadata.schema}.{name}" if metadata.schema else name
+
+
+@lru_cache
+def tables(schema: str | None = None) -> MetaData:
+    """`build`, once for each schema."""
+    return build(schema)
+
+
+#: For the user's own Alembic: `target_metadata = [Base.metadata, idemq.schema.metadata]`.
+metadata = tables()

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL, create_engine, make_url, text
+
+from tests import servers
+
+_missing: set[str] = set()
+
+
+@pytest.fixture(scope="session")
+def _running() -> Iterator[tuple[ExitStack, dict[str, str]]]:
+    with ExitStack() as stack:
+        yield stack, {}
+
+
+def _server(name: str, running: tuple[ExitStack, dict[str, str]]) -> str:
+    stack, urls = running
+    if name not in urls:
+        try:
+            urls[name] = stack.enter_context(servers.server(name))
+        except servers.Unavailable as reason:
+            _missing.add(f"{name}: {reason}")
+            if servers.required() and name != "mysql":
+                pytest.fail(f"{name} is required here, but: {reason}", pytrace=False)
+            pytest.skip(f"needs {name}: {reason}")
+    return urls[name]
+
+
+@pytest.fixture
+def rabbitmq_url(_running: tuple[ExitStack, dict[str, str]]) -> str:
+    """A running RabbitMQ. Use queue names of your own: see `unique`."""
+    return _server("rabbitmq", _running)
+
+
+@pytest.fixture
+def kafka_servers(_running: tuple[ExitStack, dict[str, str]]) -> str:
+    """host:port of a running Kafka. Use topic names of your own: see `unique`."""
+    return _server("kafka", _running)
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that no other test uses, for queues, topics and groups."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+#: Parameters for `database_url`: server and SQLAlchemy driver.
+DATABASES = ["sqlite", "postgres", "mariadb", "mysql"]
+
+
+@pytest.fixture(params=DATABASES)
+def database_url(
+    request: pytest.FixtureRequest, _running: tuple[ExitStack, dict[str, str]], tmp_path: Path
+) -> Iterator[URL]:
+    """An empty database of its own on each kind of server, as the URL of its sync driver.
+
+    Indirect parametrization chooses one kind: `@pytest.mark.parametrize("database_url", ["postgres"],
+    indirect=True)`.
+    """
+    kind = request.param
+    if kind == "sqlite":
+        yield make_url(f"sqlite:///{tmp_path / 'test.db'}")
+        return
+    admin = make_url(_server(kind, _running))
+    name = f"t{uuid.uuid4().hex[:12]}"
+    engine = create_engine(admin, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield admin.set(database=name)
+    with engine.connect() as connection:
+        force = " WITH (FORCE)" if kind == "postgres" else ""
+        connection.execute(text(f"DROP DATABASE {name}{force}"))
+    engine.dispose()
+
+
+@pytest.fixture
+def postgres_url(_running: tuple[ExitStack, dict[str, str]]) -> Iterator[URL]:
+    """An empty PostgreSQL database of its own."""
+    admin = make_url(_server("postgres", _running))
+    name = f"t{uuid.uuid4().hex[:12]}"
+    engine = create_engine(admin, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield admin.set(database=name)
+    with engine.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _missing and not servers.required():
+        terminalreporter.write_line("skipped tests that need a server: " + "; ".join(sorted(_missing)))
