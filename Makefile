@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check hazards prove bench clean
+.PHONY: help demo test check hazards prove bench clean python
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,10 +43,12 @@ bench: .venv/.dev ## compare with hand-written loops (LONG=1: more messages)
 clean: ## remove everything that the targets above made
 	rm -rf .venv .demo .prove .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
 
+python: # is there one that will do? For .ci/run
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer with venv (Debian: apt install python3-venv)" >&2; exit 1; }
+
 # One environment in two steps, because the demo needs no development tools. It is made anew when
 # pyproject.toml changes, so that nothing stays in it which the project no longer names.
-.venv/.core: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer with venv (Debian: apt install python3-venv)" >&2; exit 1; }
+.venv/.core: pyproject.toml | python
 	@echo "installing idemq into .venv"
 	@$(PYTHON) -m venv --clear .venv
 	@$(PY) -m pip install --quiet --upgrade 'pip>=25.1'  # the first pip that knows --group
