@@ -1,0 +1,121 @@
+"""What differs between the databases and drivers that are supported, and nothing else.
+
+Error codes, the driver's own view of its transaction, and which sync and async drivers belong together.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import URL, Connection, Dialect
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from idemq.errors import SetupError
+
+#: (database, driver) -> (extra to install, module, the same database's driver of the other kind).
+DRIVERS: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("postgresql", "psycopg"): ("postgresql", "psycopg", "psycopg"),
+    ("postgresql", "asyncpg"): ("postgresql", "asyncpg", "psycopg"),
+    ("mysql", "pymysql"): ("mysql", "pymysql", "asyncmy"),
+    ("mysql", "asyncmy"): ("mysql", "asyncmy", "pymysql"),
+    ("mariadb", "pymysql"): ("mysql", "pymysql", "asyncmy"),
+    ("mariadb", "asyncmy"): ("mysql", "asyncmy", "pymysql"),
+    ("sqlite", "pysqlite"): ("sqlite", "sqlite3", "aiosqlite"),
+    ("sqlite", "aiosqlite"): ("sqlite", "aiosqlite", "pysqlite"),
+}
+
+#: Drivers that serve async engines (psycopg serves both).
+ASYNC = frozenset({"asyncpg", "asyncmy", "aiosqlite", "psycopg"})
+SYNC = frozenset({"psycopg", "pymysql", "pysqlite"})
+
+_DEFAULT = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql", "sqlite": "pysqlite"}
+
+
+def url_for(url: URL, *, asynchronous: bool) -> URL:
+    """`url` with the driver of the wanted kind. Raises `SetupError` for what idemq does not support."""
+    database = url.get_backend_name()
+    driver = url.drivername.partition("+")[2] or _DEFAULT.get(database, "")
+    if (database, driver) not in DRIVERS:
+        known = ", ".join(sorted({f"{name}+{driver}" for name, driver in DRIVERS}))
+        raise SetupError(
+            f"idemq does not support the database driver {url.drivername!r}; it supports {known}"
+        )
+    if driver not in (ASYNC if asynchronous else SYNC):
+        driver = DRIVERS[database, driver][2]
+    return url.set(drivername=f"{database}+{driver}")
+
+
+def require(url: URL) -> None:
+    """Raise `SetupError` naming the extra when the driver of `url` is not installed."""
+    extra, module, _ = DRIVERS[url.get_backend_name(), url.drivername.partition("+")[2]]
+    if importlib.util.find_spec(module) is None:
+        raise SetupError(f'the database driver {module} is not installed: pip install "idemq[{extra}]"')
+
+
+def kind_of(dialect: Dialect) -> str:
+    """`postgresql`, `mysql`, `mariadb` or `sqlite`. MariaDB is told by the server, so connect first."""
+    if dialect.name == "mysql" and getattr(dialect, "is_mariadb", False):
+        return "mariadb"
+    return dialect.name
+
+
+def error_code(error: DBAPIError) -> str | int | None:
+    """The database's own code: an SQLSTATE on PostgreSQL, a number on MySQL, MariaDB and SQLite."""
+    cause: Any = error.orig
+    for name in ("sqlstate", "pgcode", "sqlite_errorcode"):
+        code = getattr(cause, name, None)
+        if isinstance(code, str | int):
+            return code
+    arguments = getattr(cause, "args", ())
+    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+
+
+def is_lock_timeout(error: DBAPIError) -> bool:
+    """Somebody else held a lock for longer than the bound."""
+    return error_code(error) in ("55P03", 1205)
+
+
+def is_transient(error: BaseException) -> bool:
+    """The database's state is the cause, not the message: run the whole transaction again.
+
+    Deadlocks, serialization failures, lock timeouts, a busy SQLite, lost or refused connections, a server
+    that is shutting down, read-only or full, and an exhausted pool.
+    """
+    if isinstance(error, PoolTimeout):
+        return True
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, ConnectionError | TimeoutError)
+    if error.connection_invalidated:
+        return True
+    code = error_code(error)
+    if isinstance(code, str) and len(code) == 5:
+        return code[:2] in ("08", "40", "53", "57") or code in ("55P03", "25006")
+    if isinstance(code, int) and isinstance(error, OperationalError | InterfaceError):
+        busy, full, readonly, io = 5, 13, 8, 10
+        if error.orig.__class__.__module__.startswith("sqlite3"):
+            return code & 0xFF in (busy, 6, full, readonly, io, 14)
+        return code in (1040, 1205, 1213, 1021, 1114, 1290, 1836, 2002, 2003, 2006, 2013, 2055, 1053)
+    return isinstance(error, OperationalError | InterfaceError) and code is None
+
+
+def status_reader(connection: Connection) -> Callable[[], bool]:
+    """A function that says whether the driver still sees a transaction that can be committed.
+
+    asyncpg does not report an aborted transaction, and MySQL's drivers are stale after a deadlock: there the
+    answer alone is not enough.
+    """
+    raw: Any = connection.connection.driver_connection
+    driver = connection.dialect.driver
+    if driver.startswith("psycopg"):
+        in_transaction = 2
+        return lambda: bool(raw.pgconn.transaction_status == in_transaction)
+    if driver == "asyncpg":
+        return lambda: bool(raw.is_in_transaction())
+    if driver == "pymysql":
+        return lambda: bool(raw.server_status & 1)
+    if driver == "asyncmy":
+        return lambda: bool(raw.get_transaction_status())
+    return lambda: bool(raw.in_transaction)

@@ -1,0 +1,211 @@
+"""The guard of a transaction that is lent to a handler: refuse what would end it, notice what did.
+
+`Guard.verify()` raises `BrokeTransaction` unless claim and work are still in one open, unbroken transaction.
+What it cannot see (another engine, a deleted claim row) is listed in docs/guard.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import ExceptionContext, RootTransaction
+from sqlalchemy.exc import DBAPIError
+
+from idemq.drivers import error_code, kind_of, status_reader
+from idemq.errors import BrokeTransaction
+from idemq.ledger import Claim
+
+#: What may hide a keyword or a semicolon: comments, strings, quoted names. MySQL's executable comments
+#: `/*! ... */` are code, so only their markers are taken away.
+_HIDING_MYSQL = re.compile(
+    r"--(?=\s|$)[^\n]*|\#[^\n]*|/\*(?!M?!).*?\*/|/\*M?!\d*|\*/"
+    r"|'(?:[^'\\]|''|\\.)*'|\"(?:[^\"\\]|\"\"|\\.)*\"|`[^`]*`",
+    re.DOTALL,
+)
+#: The same where a backslash in a plain string is an ordinary character (standard SQL).
+_HIDING = re.compile(
+    r"--[^\n]*|/\*.*?\*/|\$((?:[A-Za-z_]\w*)?)\$.*?\$\1\$|\b[eE]'(?:[^'\\]|''|\\.)*'|'[^']*'|\"[^\"]*\"|`[^`]*`",
+    re.DOTALL,
+)
+#: What a nested comment leaves behind may stand before the keyword.
+_ENDING = re.compile(
+    r"[\s*/]*(?:COMMIT|END|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION"
+    r"|SET\s+(?:\w+\s+)?[@\w.]*autocommit|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b",
+    re.IGNORECASE,
+)
+#: Statements that commit by themselves on MySQL and MariaDB, or run a text that may.
+_ENDING_MYSQL = re.compile(
+    r"[\s*/]*(?:(?:CREATE|DROP)(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY\b)|ALTER|RENAME|TRUNCATE|LOCK|UNLOCK|CALL"
+    r"|GRANT|REVOKE|ANALYZE|OPTIMIZE|REPAIR|CHECK|FLUSH|RESET|CACHE|LOAD|INSTALL|UNINSTALL|XA|PREPARE|EXECUTE"
+    r"|SET\s+PASSWORD|CHANGE|STOP|START)\b",
+    re.IGNORECASE,
+)
+
+
+def ends_transaction(sql: str, kind: str) -> bool:
+    """Whether one of the statements in `sql` would end (or start) a transaction on this kind of database."""
+    mysql = kind in ("mysql", "mariadb")
+    for statement in (_HIDING_MYSQL if mysql else _HIDING).sub(" ", sql).split(";"):
+        if _ENDING.match(statement) or (mysql and _ENDING_MYSQL.match(statement)):
+            return True
+    return False
+
+
+_remembered = lru_cache(2048)(ends_transaction)
+#: Texts longer than this are not worth keeping; they are looked at each time.
+_LONG = 4096
+
+#: Whom the running thread or task works for. Threads start without it and tasks inherit it, so that one which
+#: the handler left running is told from the attempt that has the connection now.
+_working_for: ContextVar[object] = ContextVar("idemq_working_for", default=None)
+
+
+class Guard:
+    """Watches one `Connection` that is lent to handlers, one attempt after another."""
+
+    def __init__(self, connection: Connection, *, strict: bool = False, trigger: bool = False) -> None:
+        """`strict` adds the check that notices a driver-level rollback followed by more work, for a round
+        trip; `trigger` says that the strict constraint trigger is installed (PostgreSQL)."""
+        self._connection = connection
+        self._kind = kind_of(connection.dialect)
+        self._in_transaction = status_reader(connection)
+        self._strict, self._trigger = strict, trigger
+        self._transaction: RootTransaction | None = None
+        self._claim: Claim | None = None
+        self._broken: str | None = None
+        self._suspect: str | None = None
+        pooled = connection.connection
+        self._shadows = self._make_shadows({pooled.dbapi_connection, pooled.driver_connection})
+        self._user: object = self
+        _working_for.set(self)
+        _watch_errors(connection.engine)
+        event.listen(connection, "before_cursor_execute", self._before)
+
+    def end(self) -> None:
+        """Stop watching; the connection is the caller's again."""
+        self.take_back()
+        event.remove(self._connection, "before_cursor_execute", self._before)
+
+    def lend(self, transaction: RootTransaction, claim: Claim) -> None:
+        """From here to `verify` or `take_back`, the transaction is the handler's to use and not to end."""
+        self._broken = self._suspect = None
+        self._transaction, self._claim = transaction, claim
+        if self._strict and self._kind in ("mysql", "mariadb"):
+            self._connection.exec_driver_sql("SAVEPOINT idemq_guard")
+        self._user = object()
+        _working_for.set(self._user)
+        _lent[self._connection] = self
+        for namespace, shadows in self._shadows:
+            namespace.update(shadows)
+
+    def take_back(self) -> None:
+        """The handler is done: threads and tasks that it left running are refused from here on."""
+        if self._user is not self:
+            self._user = self
+            _working_for.set(self)
+            _lent.pop(self._connection, None)
+            for namespace, shadows in self._shadows:
+                for name in shadows:
+                    namespace.pop(name, None)
+
+    def verify(self) -> None:
+        """Take the connection back and raise `BrokeTransaction` unless its transaction is still whole."""
+        self.take_back()
+        connection, transaction = self._connection, self._transaction
+        if self._broken is not None:
+            raise BrokeTransaction(self._broken)
+        if connection.closed or connection.invalidated or transaction is None:
+            raise BrokeTransaction("the handler closed the connection")
+        if not transaction.is_active or connection.get_transaction() is not transaction:
+            raise BrokeTransaction("the handler rolled the transaction back or committed it")
+        if not self._in_transaction():
+            raise BrokeTransaction("the transaction was ended, or a database error was swallowed")
+        if self._suspect is not None:
+            self._ask(self._suspect)
+        if self._strict or self._trigger:
+            self._verify_strictly()
+
+    def _ask(self, suspicion: str) -> None:
+        if self._kind in ("mysql", "mariadb"):  # only a deadlock is noted, and that undid everything
+            raise BrokeTransaction(suspicion)
+        try:
+            self._connection.exec_driver_sql("SELECT 1")
+        except DBAPIError as error:
+            raise BrokeTransaction(suspicion) from error
+
+    def _verify_strictly(self) -> None:
+        connection = self._connection
+        try:
+            if self._kind == "postgresql" and self._claim is not None:
+                done = ", set_config('idemq.done', pg_current_xact_id()::text, true)" if self._trigger else ""
+                query = f"SELECT pg_current_xact_id_if_assigned()::text{done}"
+                if connection.exec_driver_sql(query).scalar() != self._claim.xid:
+                    raise BrokeTransaction("the handler's work is in another transaction than its claim")
+            elif self._strict and self._kind in ("mysql", "mariadb"):
+                connection.exec_driver_sql("RELEASE SAVEPOINT idemq_guard")
+        except DBAPIError as error:
+            raise BrokeTransaction("the transaction of the claim is gone") from error
+
+    def _before(self, _connection: object, _cursor: object, sql: str, *_: object) -> None:
+        if _working_for.get() is not self._user:
+            self._refuse("the connection was used by a thread or task that does not belong to the attempt")
+        if self._user is not self:
+            look = _remembered if len(sql) < _LONG else ends_transaction
+            if look(sql, self._kind):
+                self._refuse(f"the handler may not end its transaction: {sql.strip()[:60]!r} was not sent")
+
+    def _refuse(self, why: str) -> None:
+        self._broken = why  # also when the handler swallows the error
+        raise BrokeTransaction(why)
+
+    def _make_shadows(self, raw_connections: set[Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Refuse `commit` and `close` on every object that leads to the driver and allows that.
+
+        The driver's rollback goes through, because a Session needs it to recover from a failed flush, but is
+        remembered: what comes after it would be in another transaction than the claim.
+        """
+
+        def refusing(what: str) -> Callable[..., None]:
+            return lambda *_, **__: self._refuse(f"the handler may not {what} the connection it was lent")
+
+        def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+            def rollback(*arguments: Any, **options: Any) -> Any:
+                self._broken = self._broken or "the handler rolled the transaction back"
+                return original(*arguments, **options)
+
+            return rollback
+
+        refused = {"commit": refusing("commit"), "close": refusing("close")}
+        shadows = [(self._connection.__dict__, {**refused, "rollback": refusing("roll back")})]
+        for raw in raw_connections:
+            if hasattr(raw, "__dict__"):
+                shadows.append((raw.__dict__, {**refused, "rollback": noting(raw.rollback)}))
+        return shadows
+
+
+_lent: WeakKeyDictionary[Connection, Guard] = WeakKeyDictionary()
+_watched: WeakSet[Engine] = WeakSet()
+
+
+def _watch_errors(engine: Engine) -> None:
+    if engine not in _watched:
+        _watched.add(engine)
+        event.listen(engine, "handle_error", _suspect)
+
+
+def _suspect(context: ExceptionContext) -> None:
+    """A database error is only a suspicion: the handler may have recovered by a savepoint of its own."""
+    guard = _lent.get(context.connection) if context.connection is not None else None
+    error = context.sqlalchemy_exception
+    if guard is None or not isinstance(error, DBAPIError):
+        return
+    if kind_of(context.dialect) == "postgresql":
+        guard._suspect = "a database error was swallowed, and its transaction is aborted"
+    elif error_code(error) == 1213:
+        guard._suspect = "a deadlock rolled the whole transaction back, and the error was swallowed"

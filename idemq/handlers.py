@@ -1,0 +1,110 @@
+"""Handlers: what a function asks for by its annotations, read once, when it is declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+import msgspec
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
+
+from idemq.errors import SetupError
+from idemq.message import Message
+from idemq.payload import Decoder, decoder_for
+
+Kind = Literal["message", "session", "connection", "payload"]
+
+_TWINS: dict[type[Any], type[Any]] = {
+    Session: AsyncSession,
+    Connection: AsyncConnection,
+    AsyncSession: Session,
+    AsyncConnection: Connection,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A declared handler function and what it wants, by parameter name."""
+
+    function: Callable[..., Any]
+    asynchronous: bool
+    wants: Mapping[str, Kind]
+    decoder: Decoder | None
+
+    @property
+    def wants_session(self) -> bool:
+        return "session" in self.wants.values()
+
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """The keyword arguments of one call; `given` by kind."""
+        return {name: given[kind] for name, kind in self.wants.items()}
+
+
+def read(function: Callable[..., Any], consumer: str) -> Handler:
+    """Read the signature of `function`. Raises `SetupError` naming the consumer and the parameter."""
+    target = function if inspect.isroutine(function) else getattr(function, "func", function.__call__)
+    if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
+        raise SetupError(f"consumer {consumer!r}: the handler is a generator; it must return when it is done")
+    asynchronous = inspect.iscoroutinefunction(target)
+    try:
+        hints = get_type_hints(target)
+    except NameError as error:
+        raise SetupError(
+            f"consumer {consumer!r}: the handler's annotation {error.name!r} cannot be found; "
+            "import it at the top of the module, not under TYPE_CHECKING"
+        ) from None
+    wants: dict[str, Kind] = {}
+    payload: Any = None
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in hints and parameter.default is not parameter.empty:
+            continue
+        kind = _kind(parameter, hints.get(parameter.name), asynchronous, consumer)
+        if kind == "payload":
+            if payload is not None:
+                raise _wrong(consumer, parameter, "is a second payload; a handler takes at most one")
+            payload = hints[parameter.name]
+        wants[parameter.name] = kind
+    return Handler(function, asynchronous, wants, decoder_for(payload) if payload is not None else None)
+
+
+def _kind(parameter: inspect.Parameter, hint: Any, asynchronous: bool, consumer: str) -> Kind:
+    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        raise _wrong(consumer, parameter, "cannot be passed by name")
+    if hint is None:
+        raise _wrong(consumer, parameter, "has no annotation; say what the handler wants")
+    if hint is Message:
+        return "message"
+    for base, twin in _TWINS.items():
+        if isinstance(hint, type) and issubclass(hint, base):
+            if asynchronous != base.__name__.startswith("Async"):
+                kind = "async" if asynchronous else "sync"
+                raise _wrong(consumer, parameter, f"must be {twin.__name__} in an {kind} handler")
+            return "session" if base in (Session, AsyncSession) else "connection"
+    if _is_payload(hint):
+        return "payload"
+    raise _wrong(
+        consumer,
+        parameter,
+        f"is annotated {hint!r}; a handler may ask for Message, Session or Connection (AsyncSession or "
+        "AsyncConnection when it is async) and one dataclass, msgspec.Struct, TypedDict or pydantic model",
+    )
+
+
+def _is_payload(hint: Any) -> bool:
+    plain = typing.get_origin(hint) or hint
+    return isinstance(plain, type) and (
+        dataclasses.is_dataclass(plain)
+        or issubclass(plain, msgspec.Struct)
+        or typing.is_typeddict(plain)
+        or hasattr(plain, "model_validate_json")
+    )
+
+
+def _wrong(consumer: str, parameter: inspect.Parameter, what: str) -> SetupError:
+    return SetupError(f"consumer {consumer!r}: the handler's parameter {parameter.name!r} {what}")

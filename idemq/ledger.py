@@ -1,0 +1,207 @@
+"""The claim: one statement that records a message id in the caller's transaction and says whose it is.
+
+Guaranteed for each (consumer, key): among all transactions that commit, at most one was told *fresh*. The
+database's primary key decides, never a row count and never a look-up before the insert.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+from sqlalchemy import Connection, CursorResult, Dialect, Integer, LargeBinary, String, bindparam, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.types import TypeEngine
+
+from idemq import schema
+from idemq.drivers import error_code, is_lock_timeout, kind_of
+from idemq.errors import InFlight
+
+#: Seconds that a repeat waits for its twin in flight when nothing else is said.
+WAIT = 2.0
+
+#: A claim that neither inserted nor found a row proves nothing: the transaction is run again.
+NO_ANSWER = "the claim found neither a new nor a stored row"
+
+State = Literal["fresh", "duplicate", "conflict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The answer to a claim."""
+
+    state: State
+    #: Names the attempt that wrote the row: PostgreSQL's xmin, elsewhere eight random bytes.
+    token: str | bytes
+    #: PostgreSQL's transaction id when fresh, for the guard.
+    xid: str | None = None
+
+
+class Statement:
+    """SQL written once with `:name` parameters, compiled once for a driver and run on the driver's cursor."""
+
+    def __init__(self, dialect: Dialect, sql: str, **types: TypeEngine[Any]) -> None:
+        binds = [bindparam(name, type_=kind) for name, kind in types.items()]
+        compiled = text(sql).bindparams(*binds).compile(dialect=dialect)
+        self.sql = compiled.string
+        self._order: Sequence[str] | None = getattr(compiled, "positiontup", None)
+        self._convert: dict[str, Callable[[Any], Any]] = {}
+        for name, kind in types.items():
+            if processor := kind.dialect_impl(dialect).bind_processor(dialect):
+                self._convert[name] = processor
+
+    def execute(self, connection: Connection, **values: Any) -> CursorResult[*tuple[Any, ...]]:
+        for name, convert in self._convert.items():
+            values[name] = convert(values[name])
+        parameters = values if self._order is None else tuple(values[name] for name in self._order)
+        return connection.exec_driver_sql(self.sql, parameters)
+
+
+_TYPES: dict[str, TypeEngine[Any]] = {
+    "consumer": Integer(),
+    "id": schema.Key(),
+    "fingerprint": Integer(),
+    "sent_at": schema.Time(),
+}
+
+# The wait is set and restored inside the claim, because statements of their own cost two round trips. The
+# restoring call runs only for a fresh row; every other answer ends the transaction or its savepoint, which
+# restores the setting as well. A commit must reach the disk before the ack, whatever the session's default.
+_POSTGRESQL = """
+WITH old AS MATERIALIZED (SELECT current_setting('lock_timeout') AS wait),
+bound AS MATERIALIZED (
+  SELECT set_config('lock_timeout', :wait, true), set_config('synchronous_commit',
+    CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
+    ELSE current_setting('synchronous_commit') END, true) FROM old),
+fresh AS (
+  INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at)
+  SELECT :consumer, :id, :fingerprint, :sent_at, now() FROM bound
+  ON CONFLICT (consumer, id) DO NOTHING
+  RETURNING xmin::text AS token, pg_current_xact_id_if_assigned()::text AS xid,
+    set_config('lock_timeout', (SELECT wait FROM old), true))
+SELECT true AS fresh, token, xid, NULL::int AS fingerprint FROM fresh
+UNION ALL
+SELECT false, xmin::text, NULL, fingerprint FROM {processed} WHERE consumer = :consumer AND id = :id
+"""
+
+_MARIADB = """
+SET STATEMENT innodb_lock_wait_timeout = {wait} FOR
+INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at, token)
+VALUES (:consumer, :id, :fingerprint, :sent_at, UTC_TIMESTAMP(6), :token)
+ON DUPLICATE KEY UPDATE id = id RETURNING token, fingerprint
+"""
+
+_MYSQL = """
+INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at, token)
+VALUES (:consumer, :id, :fingerprint, :sent_at, UTC_TIMESTAMP(6), :token)
+"""
+
+_SQLITE = """
+INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at, token)
+VALUES (:consumer, :id, :fingerprint, :sent_at, strftime('%Y-%m-%d %H\\:%M\\:%f000', 'now'), :token)
+ON CONFLICT (consumer, id) DO UPDATE SET id = id RETURNING token, fingerprint
+"""
+
+#: What the current moment is called, for the statements of other modules.
+NOW = {
+    "postgresql": "now()",
+    "mysql": "UTC_TIMESTAMP(6)",
+    "mariadb": "UTC_TIMESTAMP(6)",
+    "sqlite": "strftime('%Y-%m-%d %H\\:%M\\:%f000', 'now')",
+}
+
+
+class Ledger:
+    """The claim statement for one database driver, schema and wait (seconds)."""
+
+    def __init__(self, dialect: Dialect, database_schema: str | None, wait: float) -> None:
+        quote = dialect.identifier_preparer
+        prefix = quote.quote_schema(database_schema) + "." if database_schema else ""
+        self.processed = prefix + "idemq_processed"
+        self._wait = wait
+        self.kind = kind_of(dialect)
+        look = "SELECT token, fingerprint FROM {processed} WHERE consumer = :consumer AND id = :id"
+        if self.kind == "postgresql":
+            self._insert = self._statement(dialect, _POSTGRESQL, wait=String(), **_TYPES)
+            look = look.replace("token", "xmin::text", 1)
+        else:
+            sql = {"mariadb": _MARIADB, "mysql": _MYSQL, "sqlite": _SQLITE}[self.kind]
+            self._insert = self._statement(dialect, sql, token=LargeBinary(8), **_TYPES)
+            look += "" if self.kind == "sqlite" else " LOCK IN SHARE MODE"
+        self._look = self._statement(dialect, look, consumer=Integer(), id=schema.Key())
+
+    def _statement(self, dialect: Dialect, sql: str, **types: TypeEngine[Any]) -> Statement:
+        whole_seconds = max(1, math.ceil(self._wait))
+        return Statement(dialect, sql.format(processed=self.processed, wait=whole_seconds).strip(), **types)
+
+    def claim(
+        self,
+        connection: Connection,
+        consumer: int,
+        key: bytes,
+        fingerprint: int | None,
+        sent_at: datetime | None,
+    ) -> Claim:
+        """Record (consumer, key) in the connection's transaction, or say who has it.
+
+        Raises `InFlight` when another transaction holds the key for longer than the wait; the caller's
+        transaction (or savepoint) must then be rolled back. Other database errors pass through.
+        """
+        values = {"consumer": consumer, "id": key, "fingerprint": fingerprint, "sent_at": sent_at}
+        try:
+            if self.kind == "postgresql":
+                return self._claim_postgresql(connection, values)
+            if self.kind == "mysql":
+                return self._claim_mysql(connection, values)
+            token = secrets.token_bytes(8)
+            row = self._insert.execute(connection, token=token, **values).fetchone()
+        except DBAPIError as error:
+            if is_lock_timeout(error):
+                raise InFlight from error
+            raise
+        if row is None:
+            raise InFlight(NO_ANSWER)
+        if row[0] == token:
+            return Claim("fresh", token)
+        return _stored(row[0], row[1], fingerprint)
+
+    def _claim_postgresql(self, connection: Connection, values: dict[str, Any]) -> Claim:
+        row = self._insert.execute(
+            connection, wait=f"{max(1, round(self._wait * 1000))}ms", **values
+        ).fetchone()
+        if row is not None and row[0]:
+            return Claim("fresh", row[1], row[2])
+        if row is not None:
+            return _stored(row[1], row[3], values["fingerprint"])
+        # A twin committed after this statement's snapshot was taken: only a new statement sees its row.
+        return self._read(connection, values)
+
+    def _claim_mysql(self, connection: Connection, values: dict[str, Any]) -> Claim:
+        before = connection.exec_driver_sql("SELECT @@innodb_lock_wait_timeout").scalar_one()
+        bound = f"SET SESSION innodb_lock_wait_timeout = {max(1, math.ceil(self._wait))}"
+        connection.exec_driver_sql(bound)
+        token = secrets.token_bytes(8)
+        try:
+            self._insert.execute(connection, token=token, **values)
+            return Claim("fresh", token)
+        except IntegrityError as error:
+            if error_code(error) != 1062:
+                raise
+            return self._read(connection, values)
+        finally:
+            connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {int(before)}")
+
+    def _read(self, connection: Connection, values: dict[str, Any]) -> Claim:
+        row = self._look.execute(connection, consumer=values["consumer"], id=values["id"]).fetchone()
+        if row is None:
+            raise InFlight(NO_ANSWER)
+        return _stored(row[0], row[1], values["fingerprint"])
+
+
+def _stored(token: Any, stored: int | None, offered: int | None) -> Claim:
+    differs = stored is not None and offered is not None and stored != offered
+    return Claim("conflict" if differs else "duplicate", token)

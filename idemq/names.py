@@ -1,0 +1,94 @@
+"""Consumer names and their numbers, which scope the claims.
+
+A number is never given to two consumers, and a name keeps its number for ever, so that a rename by
+`known_as` leaves old and new processes of a rolling deploy with the same claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import Connection, Engine, Table, insert, select
+from sqlalchemy.engine import Transaction
+from sqlalchemy.exc import IntegrityError
+
+from idemq import schema
+from idemq.drivers import kind_of
+from idemq.errors import SetupError
+
+_known: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
+_uncommitted: WeakSet[Transaction] = WeakSet()
+
+
+def register(
+    connection: Connection, name: str, known_as: Sequence[str] = (), database_schema: str | None = None
+) -> int:
+    """The number of `name`, made if it is new; `known_as` are names that it had before.
+
+    To be called in a transaction of its own. Raises `SetupError` when two of the names already belong to
+    different consumers.
+    """
+    table = schema.tables(database_schema).tables
+    names = table[_in(database_schema, "idemq_consumer_names")]
+    every = [name, *known_as]
+    found = {each: number for each in every if (number := _look_up(connection, each, names)) is not None}
+    if len(set(found.values())) > 1:
+        raise SetupError(
+            f"consumer {name!r}: known_as names another consumer, which has claims of its own "
+            f"({found}); remove it from known_as, or choose another name"
+        )
+    number = next(iter(found.values()), None)
+    if number is None:
+        result = connection.execute(insert(table[_in(database_schema, "idemq_consumers")]).values())
+        key = result.inserted_primary_key
+        assert key is not None
+        number = int(key[0])
+    for each in every:
+        if each not in found:
+            connection.execute(insert(names).values(name=each.encode(), consumer=number))
+    return number
+
+
+def number_of(connection: Connection, name: str, database_schema: str | None = None) -> int:
+    """The number of `name` inside the caller's transaction, inserted there when it is missing.
+
+    Remembered in this process only once a committed transaction held it: another one could roll it back.
+    """
+    cache = _known.setdefault(connection.engine, {})
+    if (number := cache.get((database_schema, name))) is not None:
+        return number
+    names = schema.tables(database_schema).tables[_in(database_schema, "idemq_consumer_names")]
+    transaction = connection.get_transaction()
+    number = _look_up(connection, name, names)
+    if number is not None:
+        if transaction not in _uncommitted:
+            cache[database_schema, name] = number
+        return number
+    if transaction is not None:
+        _uncommitted.add(transaction)
+    try:
+        with connection.begin_nested():
+            return register(connection, name, (), database_schema)
+    except IntegrityError:
+        number = _look_up(connection, name, names)  # somebody else was first, and has committed
+        if number is None:
+            raise
+        return number
+
+
+def find(connection: Connection, name: str, database_schema: str | None = None) -> int | None:
+    """The number of `name`, or None; writes nothing."""
+    names = schema.tables(database_schema).tables[_in(database_schema, "idemq_consumer_names")]
+    return _look_up(connection, name, names)
+
+
+def _look_up(connection: Connection, name: str, names: Table) -> int | None:
+    query = select(names.c.consumer).where(names.c.name == name.encode())
+    if kind_of(connection.dialect) in ("mysql", "mariadb"):
+        query = query.with_for_update(read=True)  # a plain read could answer from an older snapshot
+    return connection.execute(query).scalar_one_or_none()
+
+
+def _in(database_schema: str | None, table: str) -> str:
+    return f"{database_schema}.{table}" if database_schema else table

@@ -1,0 +1,111 @@
+"""From raw bytes to the payload that a handler asks for: bounded, and never through an unsafe decoder.
+
+Everything that cannot be decoded raises `Unreadable`, with the reason in words.
+"""
+
+from __future__ import annotations
+
+import bz2
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from idemq.errors import Unreadable
+from idemq.message import Message
+
+#: The largest body after decompression, in bytes.
+MAX_BODY_BYTES = 64 * 1024 * 1024
+#: The deepest nesting of JSON arrays and objects that is decoded.
+MAX_DEPTH = 200
+
+#: Content encodings that say nothing about compression (kombu puts the character set there).
+_PLAIN = frozenset({"", "identity", "binary", "utf-8", "utf8", "us-ascii", "ascii"})
+#: Names of compressed encodings, kombu's `compression` header included.
+_ZLIB = frozenset({"gzip", "x-gzip", "deflate", "zlib", "application/x-gzip"})
+_BZIP2 = frozenset({"bzip2", "bzip", "application/x-bz2"})
+
+Decoder = Callable[[bytes], Any]
+
+
+def decoder_for(kind: Any) -> Decoder:
+    """The function that decodes JSON into `kind`: a dataclass, Struct, TypedDict or pydantic model."""
+    validate = getattr(kind, "model_validate_json", None)
+    if validate is not None:
+        return validate  # type: ignore[no-any-return]  # pydantic is optional and not imported here
+    return msgspec.json.Decoder(kind).decode
+
+
+def decode(message: Message, decoder: Decoder) -> Any:
+    """The payload of `message`. Raises `Unreadable`."""
+    if message.body is None:
+        raise Unreadable("the message has no body (a tombstone); ask for Message to handle those")
+    _refuse_other_types(message.content_type)
+    body = decompress(message)
+    if _depth(body) > MAX_DEPTH:
+        raise Unreadable(f"the body nests deeper than {MAX_DEPTH} levels")
+    try:
+        return decoder(body)
+    except (ValueError, RecursionError) as error:  # msgspec's and pydantic's errors are ValueErrors
+        raise Unreadable(f"the body does not fit the payload type: {error}") from error
+
+
+def decompress(message: Message) -> bytes:
+    """The body without its compression, at most `MAX_BODY_BYTES` of it."""
+    body = message.body or b""
+    for name in (message.content_encoding, message.headers.get("compression")):
+        encoding = str(name or "").lower()
+        if encoding in _PLAIN:
+            continue
+        if encoding in _ZLIB:
+            body = _bounded(body, zlib.decompressobj(wbits=47).decompress)  # 47: a gzip or a zlib header
+        elif encoding in _BZIP2:
+            body = _bounded(body, bz2.BZ2Decompressor().decompress)
+        else:
+            raise Unreadable(f"the content encoding {encoding[:60]!r} is not supported")
+    return body
+
+
+def _bounded(body: bytes, run: Callable[[bytes, int], bytes]) -> bytes:
+    try:
+        plain = run(body, MAX_BODY_BYTES + 1)
+    except (zlib.error, OSError, EOFError, ValueError) as error:
+        raise Unreadable(f"the body cannot be decompressed: {error}") from error
+    if len(plain) > MAX_BODY_BYTES:
+        raise Unreadable(f"the body is over {MAX_BODY_BYTES} bytes after decompression")
+    return plain
+
+
+def _refuse_other_types(content_type: str | None) -> None:
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    known = ("", "application/json", "text/json", "text/plain", "application/octet-stream")
+    if kind not in known and not kind.endswith("+json"):
+        raise Unreadable(f"the content type {kind[:60]!r} is not supported; publish application/json")
+    charset = (content_type or "").lower().partition("charset=")[2].strip(' "')
+    if charset and charset not in _PLAIN:
+        raise Unreadable(f"the character set {charset[:60]!r} is not supported; publish UTF-8")
+
+
+def _depth(body: bytes) -> int:
+    """An upper bound of the nesting, cheap for the usual small body."""
+    if len(body) < MAX_DEPTH:
+        return 0
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= MAX_DEPTH:
+        return opened
+    depth = deepest = 0
+    quoted = escaped = False
+    for byte in body:
+        if escaped:
+            escaped = False
+        elif quoted:
+            escaped, quoted = byte == 0x5C, byte != 0x22
+        elif byte == 0x22:
+            quoted = True
+        elif byte in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif byte in b"]}":
+            depth -= 1
+    return deepest
