@@ -32,7 +32,7 @@ class Message:
     #: The raw bytes; None only for a Kafka tombstone.
     body: bytes | None
     #: Header values as the broker's protocol gives them; Kafka's are text where they are UTF-8, else bytes.
-    headers: Mapping[str, Any] = field(default=_NOTHING)
+    headers: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: The broker's own message id property, later the id that the consumer's `id=` rule found.
     id: str | None = None
     #: The Kafka record key.
@@ -44,9 +44,9 @@ class Message:
     #: The broker says that it delivered this before. A hint: False proves nothing.
     redelivered: bool = False
     #: Where it came from, for people: queue, exchange and routing key, or topic, partition and offset.
-    origin: Mapping[str, Any] = field(default=_NOTHING)
+    origin: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: The broker's remaining properties (AMQP `correlation_id`, `type`, `user_id`, ...).
-    properties: Mapping[str, Any] = field(default=_NOTHING)
+    properties: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: Header names that came more than once: never used as an id.
     repeated: frozenset[str] = frozenset()
     #: Why the broker's client could not read it (then body and headers may be incomplete), else None.
