@@ -1,0 +1,133 @@
+"""A broker in one SQLite file, for several processes of one machine and without a server.
+
+A message is durable when `publish` returns, and is delivered until it is acknowledged. What a dead process
+held is delivered again, marked `redelivered`, as soon as another consumer of the queue looks; what a living
+one holds never is, also not while it is stopped or slow.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from idemq import embedded_rows as rows
+from idemq.broker import Deliver
+from idemq.embedded_consumer import Subscription, wake_all
+from idemq.embedded_file import Connection, connect, errors, transaction
+from idemq.errors import SetupError
+from idemq.message import Message
+
+
+class Embedded:
+    """A broker in the SQLite file `path`, which belongs to it alone; never the application's database.
+
+    Thread-safe. The file is made by the first `declare`. A process that was forked from one that had the file
+    open is refused: spawn processes instead, or `close` before the fork.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, name: str = "embedded") -> None:
+        text = os.fspath(path)
+        if not text or text == ":memory:" or text.startswith("file:"):
+            raise SetupError(f"Embedded({text!r}): give the path of a file, which its processes can share")
+        self.name = name
+        self.path = Path(os.path.realpath(text))
+        self._connection: Connection | None = None
+        self._lock = threading.Lock()
+
+    def queue(self, name: str, *, declare: bool = False) -> Queue:
+        """The queue as a source for consumers; `declare=True` makes it, and the file, when it is missing."""
+        return Queue(self, name, declare=declare)
+
+    def declare(self, queue: str) -> None:
+        """Make the queue, and the file, when it is missing."""
+        with closing(connect(self.path, create=True)) as connection, errors(self.path):
+            rows.declare(connection, queue)
+
+    def publish(
+        self,
+        queue: str,
+        body: bytes,
+        *,
+        id: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        content_type: str | None = "application/json",
+        sent_at: datetime | None = None,
+    ) -> None:
+        """Put one message into the queue; it is durable on return. `sent_at=None` means now."""
+        message = Message(body=body, id=id, headers=headers or {}, content_type=content_type, sent_at=sent_at)
+        self.publish_many(queue, [message])
+
+    def publish_many(self, queue: str, messages: Iterable[Message]) -> None:
+        """Put all of them into the queue, in this order, or none; they are durable on return.
+
+        What is kept is body, id, headers (JSON), content type and encoding, and sent_at (None: now).
+        """
+        values = [rows.row_of(message) for message in messages]
+        with self._lock, errors(self.path):
+            connection = self._connected()
+            with transaction(connection):
+                rows.insert(connection, rows.number_of(connection, queue), values)
+        wake_all(self.path, queue)
+
+    def depth(self, queue: str) -> tuple[int, int]:
+        """How many messages of the queue are ready, and how many are delivered and not acknowledged."""
+        with self._lock, errors(self.path):
+            connection = self._connected()
+            return rows.depth(connection, rows.number_of(connection, queue))
+
+    def close(self) -> None:
+        """Close the connection for publishing; the next publish opens another. Subscriptions go on."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _connected(self) -> Connection:
+        if self._connection is not None and not self._connection.is_current():
+            self._connection.close()
+            self._connection = None
+        if self._connection is None:
+            self._connection = connect(self.path)
+        return self._connection
+
+
+class Queue:
+    """A queue of an embedded broker: a `Source`."""
+
+    def __init__(self, broker: Embedded, name: str, *, declare: bool) -> None:
+        self.broker = broker
+        self.name = name
+        self._declare = declare
+
+    @property
+    def description(self) -> str:
+        return f"queue {self.name!r} in {self.broker.path}"
+
+    def check(self) -> None:
+        with closing(self.connect()):
+            pass
+
+    def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
+        if prefetch < 1:
+            raise SetupError(f"consumer {consumer!r}: prefetch must be at least 1, not {prefetch}")
+        return Subscription(
+            self.connect, self.broker.path, self.name, self.broker.name, consumer, deliver, prefetch
+        )
+
+    def connect(self) -> Connection:
+        """A connection for a consumer. Its commits need not be on the disk: losing one is a redelivery."""
+        connection = connect(self.broker.path, create=self._declare, durable=False)
+        try:
+            with errors(self.broker.path):
+                if self._declare:
+                    rows.declare(connection, self.name)
+                rows.number_of(connection, self.name)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
