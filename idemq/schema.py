@@ -6,6 +6,7 @@ and compared as bytes: text keys would be equal under MySQL's collations where t
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -17,11 +18,12 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
-    ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     LargeBinary,
     MetaData,
+    PrimaryKeyConstraint,
     SmallInteger,
     String,
     Table,
@@ -29,8 +31,10 @@ from sqlalchemy import (
     UniqueConstraint,
     Uuid,
 )
-from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from idemq.errors import SetupError
 
 
 class Key(TypeDecorator[bytes]):
@@ -73,6 +77,9 @@ class Time(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
 
 
+#: When a claim was made. Seconds are enough for retention, and PostgreSQL's index keeps equal values once: 8
+#: bytes a row instead of 22.
+Second = Time().with_variant(postgresql.TIMESTAMP(timezone=True, precision=0), "postgresql")
 #: A text that identifies something: compared as bytes on every database.
 Name = LargeBinary(255).with_variant(mysql.VARBINARY(255), "mysql", "mariadb")
 #: Bodies; LargeBinary alone would be cut off at 65,535 bytes on MySQL.
@@ -86,7 +93,15 @@ Serial = BigInteger().with_variant(Integer(), "sqlite")
 
 
 def build(schema: str | None = None) -> MetaData:
-    """The tables, in the database schema `schema` (None: the connection's default)."""
+    """The tables, in the database schema `schema` (None: the connection's default).
+
+    Raises `SetupError` when `schema` is not a plain identifier.
+    """
+    if schema is not None and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,62}", schema):
+        raise SetupError(
+            f"schema={schema!r} is no plain identifier: use letters, digits and _ only, no digit first, "
+            "at most 63 of them"
+        )
     metadata = MetaData(schema=schema)
     options: dict[str, Any] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
     _heart(metadata, options)
@@ -109,20 +124,27 @@ def _heart(metadata: MetaData, options: dict[str, Any]) -> None:
         "idemq_consumer_names",
         metadata,
         Column("name", Name, primary_key=True),
-        Column("consumer", Integer, ForeignKey(_in(metadata, "idemq_consumers.id")), nullable=False),
+        Column("consumer", Integer, nullable=False),
+        ForeignKeyConstraint(
+            ["consumer"], [_in(metadata, "idemq_consumers.id")], name="idemq_consumer_names_consumer"
+        ),
         **options,
     )
     Table(
         "idemq_processed",
         metadata,
-        Column("consumer", Integer, primary_key=True, autoincrement=False),
-        Column("id", Key, primary_key=True),
+        # The order of the columns leaves no padding between them.
+        Column("consumer", Integer, nullable=False, autoincrement=False),
+        Column("id", Key, nullable=False),
         Column("fingerprint", Integer),
         Column("sent_at", Time),
-        Column("at", Time, nullable=False),
+        Column("at", Second, nullable=False),
         Column("result", Blob),
         # Which attempt wrote the row; PostgreSQL has xmin for that, and leaves it null.
         Column("token", LargeBinary(8).with_variant(mysql.BINARY(8), "mysql", "mariadb")),
+        # The id first: time-ordered ids of all consumers are then added at one end of the index, which keeps
+        # it dense (41 bytes a row, against 62 with the consumer first and three consumers; PostgreSQL).
+        PrimaryKeyConstraint("id", "consumer"),
         Index("idemq_processed_at", "at"),
         **options,
     )
@@ -133,7 +155,7 @@ def _failures(metadata: MetaData, options: dict[str, Any]) -> None:
         "idemq_failed",
         metadata,
         Column("seq", Serial, primary_key=True, autoincrement=True),  # arrival order within a lane
-        Column("pk", Key, nullable=False, unique=True),
+        Column("pk", Key, nullable=False),
         Column("consumer", Integer, nullable=False),
         Column("identity", Key, nullable=False),
         Column("owns_claim", Boolean, nullable=False),
@@ -157,6 +179,7 @@ def _failures(metadata: MetaData, options: dict[str, Any]) -> None:
         Column("error", LongText),
         Column("first_at", Time, nullable=False),
         Column("last_at", Time, nullable=False),
+        UniqueConstraint("pk", name="idemq_failed_pk"),
         UniqueConstraint("consumer", "identity", name="idemq_failed_identity"),
         Index("idemq_failed_due", "consumer", "state", "not_before"),
         Index("idemq_failed_lane", "consumer", "lane", "seq"),
@@ -170,7 +193,7 @@ def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
         "idemq_outgoing",
         metadata,
         Column("seq", Serial, primary_key=True, autoincrement=True),
-        Column("pk", Key, nullable=False, unique=True),
+        Column("pk", Key, nullable=False),
         Column("kind", SmallInteger, nullable=False),  # 1 message to publish, 2 effect to run
         Column("state", SmallInteger, nullable=False),  # 1 waiting, 2 sending, 3 in doubt, 4 failed
         Column("target", Name, nullable=False),  # the broker's or the effect's name
@@ -185,6 +208,7 @@ def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
         Column("lease_until", Time),
         Column("error", LongText),
         Column("at", Time, nullable=False),
+        UniqueConstraint("pk", name="idemq_outgoing_pk"),
         Index("idemq_outgoing_due", "state", "not_before"),
         Index("idemq_outgoing_lane", "lane", "seq"),
         sqlite_autoincrement=True,
@@ -218,6 +242,11 @@ def _in(metadata: MetaData, name: str) -> str:
 def tables(schema: str | None = None) -> MetaData:
     """`build`, once for each schema."""
     return build(schema)
+
+
+def table(name: str, schema: str | None = None) -> Table:
+    """One of idemq's tables."""
+    return tables(schema).tables[f"{schema}.{name}" if schema else name]
 
 
 #: For the user's own Alembic: `target_metadata = [Base.metadata, idemq.schema.metadata]`.
