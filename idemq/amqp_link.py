@@ -1,0 +1,209 @@
+"""One connection and channel to RabbitMQ, used by one thread: raw deliveries in, acknowledgements out.
+
+py-amqp does the handshake, the methods and the heartbeats; reading never blocks, and acknowledgements leave
+in one write, so that the thread can do all of it in turn. After any error the link is of no use any more.
+"""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from struct import Struct, unpack_from
+from typing import Any, Self
+
+import amqp
+from amqp import spec
+
+from idemq.amqp_frames import METHOD, Inbox
+from idemq.amqp_url import Address
+from idemq.errors import BrokerUnavailable, IdemqError, SetupError
+from idemq.message import Message
+
+#: What a lost or refused connection raises; anything else is a mistake in the program.
+LINK_ERRORS = (IdemqError, OSError, amqp.AMQPError)
+
+_FRAME_END = 0xCE
+#: type, channel, size, class, method, delivery tag, multiple, end
+_ACK = Struct(">BHIHHQBB")
+_RECEIVE = 65536
+
+
+class Link:
+    """A connection with one channel; all methods belong to one thread."""
+
+    def __init__(self, connection: Any, inbox: Inbox) -> None:
+        self._connection = connection
+        self._inbox = inbox
+        self._channel = connection.channel()
+        self._socket: socket.socket = connection.sock
+        self._timeout: float | None = self._socket.gettimeout()
+        self._rest = b""
+        self._tag: str | None = None
+        self._ticked = 0.0
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        #: How often `tick` must be called, in seconds.
+        self.pulse: float = min(1.0, connection.heartbeat / 4)
+        #: When bytes came last, in monotonic seconds.
+        self.last_seen = time.monotonic()
+
+    @classmethod
+    def connect(cls, address: Address, title: str, origin: Mapping[str, Any]) -> Self:
+        """Log in and open the channel. Raises `SetupError` or `BrokerUnavailable`."""
+        inbox = Inbox(origin)
+        connection = amqp.Connection(
+            host=address.netloc,
+            userid=address.user,
+            password=address.password,
+            login_method=address.login_method,
+            virtual_host=address.vhost,
+            ssl=dict(address.tls) if address.tls is not None else False,
+            connect_timeout=address.connect_timeout,
+            heartbeat=address.heartbeat,
+            frame_handler=inbox.attach,
+            client_properties={"product": "idemq", "connection_name": title},
+        )
+        try:
+            connection.connect()
+            # py-amqp waits for answers without a limit of its own.
+            connection.sock.settimeout(address.connect_timeout)
+            return cls(connection, inbox)
+        except BaseException as error:
+            _sever(connection)
+            if isinstance(error, OSError | amqp.AMQPError):
+                raise _refusal(error, address) from error
+            raise
+
+    def find(self, queue: str) -> None:
+        """Raise amqp's `NotFound` when the queue does not exist."""
+        self._channel.queue_declare(queue, passive=True)
+
+    def declare(self, queue: str, arguments: Mapping[str, Any]) -> None:
+        """Make a durable queue; raises amqp's `PreconditionFailed` when it exists and differs."""
+        self._channel.queue_declare(queue, durable=True, auto_delete=False, arguments=dict(arguments))
+
+    def consume(self, queue: str, prefetch: int) -> None:
+        self._channel.basic_qos(0, prefetch, False)
+        self._tag = self._channel.basic_consume(queue)
+
+    @property
+    def consuming(self) -> bool:
+        return self._tag is not None
+
+    def cancel(self) -> None:
+        """Ask for no more deliveries; some may be on their way."""
+        tag, self._tag = self._tag, None
+        if tag is not None:
+            self._channel.basic_cancel(tag, nowait=True)
+
+    def watch(self, wakeup: socket.socket) -> None:
+        """Have `wait` return when `wakeup`, which does not block, is written to."""
+        self._selector.register(wakeup, selectors.EVENT_READ)
+
+    def wait(self, seconds: float) -> bool:
+        """Until there is something to `read` (then True), until a wake-up, or until the time is over."""
+        readable = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+        for key, _ in self._selector.select(0 if readable else seconds):
+            if key.fileobj is self._socket:
+                readable = True
+            elif isinstance(key.fileobj, socket.socket):
+                with suppress(BlockingIOError):
+                    key.fileobj.recv(4096)
+        return readable
+
+    def read(self) -> list[tuple[int, Message]]:
+        """What has arrived, without waiting, in pieces small enough to write and to tick in between."""
+        self._socket.settimeout(0)
+        try:
+            data = self._socket.recv(_RECEIVE)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return []
+        finally:
+            self._socket.settimeout(self._timeout)
+        if not data:
+            raise ConnectionResetError("the broker closed the connection")
+        self.last_seen = time.monotonic()
+        self._connection.bytes_recv += 1  # py-amqp's sign of life, for `heartbeat_tick`
+        self._take(data)
+        arrived, self._inbox.arrived = self._inbox.arrived, []
+        return arrived
+
+    def _take(self, data: bytes) -> None:
+        data = self._rest + data if self._rest else data
+        start = 0
+        while len(data) - start >= 8:
+            kind, channel, size = unpack_from(">BHI", data, start)
+            end = start + 7 + size
+            if end >= len(data):
+                break
+            if data[end] != _FRAME_END:
+                raise amqp.UnexpectedFrame("a frame does not end where it should")
+            self._inbox.on_frame((kind, channel, data[start + 7 : end]))
+            start = end + 1
+        self._rest = data[start:]
+
+    def ack(self, tags: Iterable[int]) -> None:
+        """Acknowledge each of `tags`, in one write."""
+        channel = self._channel.channel_id
+        frames = [_ACK.pack(METHOD, channel, 13, *spec.Basic.Ack, tag, 0, _FRAME_END) for tag in tags]
+        self._connection.transport.write(b"".join(frames))
+        self._connection.bytes_sent += 1
+
+    def tick(self) -> None:
+        """Send a heartbeat when one is due; raises when the broker has been silent for two of them."""
+        now = time.monotonic()
+        if now - self._ticked >= self.pulse:
+            self._ticked = now
+            self._connection.heartbeat_tick()
+
+    @property
+    def alive(self) -> bool:
+        """The broker knows our consumer, and was heard of within two heartbeats."""
+        return (
+            self.consuming and time.monotonic() - self.last_seen < 2 * self._connection.heartbeat + self.pulse
+        )
+
+    def close(self, seconds: float) -> None:
+        """End in order: what was written before is received before the broker answers."""
+        deadline = time.monotonic() + seconds
+        self._connection.send_method(spec.Connection.Close, "BsBB", (0, "", 0, 0))
+        while self._connection.connected and (left := deadline - time.monotonic()) > 0:
+            if self.wait(left):
+                self.read()
+
+    def sever(self) -> None:
+        """End at once; the broker gives back what was not acknowledged."""
+        self._selector.close()
+        _sever(self._connection)
+        self._socket.close()
+
+
+def _sever(connection: Any) -> None:
+    # Ending TLS waits for the other side, which may be gone; py-amqp raises AttributeError and ValueError on
+    # half-open connections. There is nobody left who could use the answer.
+    with suppress(OSError, AttributeError, ValueError, amqp.AMQPError):
+        if connection.connected:
+            connection.sock.settimeout(1)
+        connection.collect()
+
+
+def _refusal(error: Exception, address: Address) -> IdemqError:
+    """What went wrong while connecting, in words."""
+    where = f"RabbitMQ at {address.netloc}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return SetupError(
+            f"{where}: its certificate is not trusted ({error.verify_message}): give the authority's file, "
+            'ssl={"ca_certs": "..."}, and use a host name that the certificate carries'
+        )
+    if isinstance(error, amqp.AccessRefused):
+        return SetupError(f"{where} refused the user {address.user!r}: check user and password in the url")
+    if isinstance(error, amqp.NotAllowed) and "limit" not in str(error):
+        return SetupError(
+            f"{where}: the virtual host {address.vhost!r} does not exist or is not open to the user "
+            f"{address.user!r}: check the path of the url, or create it"
+        )
+    return BrokerUnavailable(f"{where} cannot be reached: {str(error) or type(error).__name__}")

@@ -1,0 +1,148 @@
+"""A publisher beside idemq, a collector of deliveries, and a TCP proxy that can be cut or frozen."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import amqp
+
+from idemq.broker import Delivery, Subscription
+from idemq.rabbitmq import Queue
+
+
+class Server:
+    """A connection of the test's own, written without idemq."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._connection = amqp.Connection(
+            host=f"{parts.hostname}:{parts.port or 5672}",
+            userid=parts.username or "guest",
+            password=parts.password or "guest",
+            virtual_host="/",
+            confirm_publish=True,
+        )
+        self._connection.connect()
+        self.channel = self._connection.channel()
+
+    def declare(self, name: str, *, durable: bool = True, **arguments: Any) -> None:
+        names = {option.replace("_", "-"): value for option, value in arguments.items()}
+        self.channel.queue_declare(name, durable=durable, auto_delete=False, arguments=names)
+
+    def publish(
+        self, name: str, body: bytes, *, headers: Mapping[str, Any] | None = None, **properties: Any
+    ) -> None:
+        message = amqp.Message(body, application_headers=dict(headers or {}), **properties)
+        self.channel.basic_publish(message, routing_key=name)
+
+    def counts(self, name: str) -> tuple[int, int]:
+        """Messages that are ready, and consumers."""
+        found = self.channel.queue_declare(name, passive=True)
+        return found.message_count, found.consumer_count
+
+    def delete(self, name: str) -> None:
+        self.channel.queue_delete(name)
+
+    def close(self) -> None:
+        with suppress(OSError, amqp.AMQPError):
+            self._connection.close()
+        self._connection.collect()
+
+
+class Collector:
+    """What a worker's `deliver` would get, in order."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+
+    def __call__(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._queue.put(delivery)
+
+    def take(self, seconds: float = 30.0) -> Delivery:
+        try:
+            return self._queue.get(timeout=seconds)
+        except queue.Empty:
+            raise AssertionError(f"no delivery within {seconds} s") from None
+
+    def several(self, count: int) -> list[Delivery]:
+        return [self.take() for _ in range(count)]
+
+    @property
+    def empty(self) -> bool:
+        return self._queue.empty()
+
+
+@contextmanager
+def consuming(source: Queue, *, prefetch: int = 100) -> Iterator[tuple[Subscription, Collector]]:
+    collector = Collector()
+    subscription = source.subscribe("test", collector, prefetch)
+    try:
+        yield subscription, collector
+    finally:
+        subscription.close(10)
+
+
+class Proxy:
+    """Forwards a local port to `target`; `cut` resets its connections, `frozen` stops the bytes."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._spawn(self._accept)
+
+    def _spawn(self, target: Any, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # ends when the listener is closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+                self._sockets += [client, server]
+                self._spawn(self._pump, client, server)
+                self._spawn(self._pump, server, client)
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                self._flowing.wait()
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def freeze(self) -> None:
+        self._flowing.clear()
+
+    def thaw(self) -> None:
+        self._flowing.set()
+
+    def cut(self) -> None:
+        for end in self._sockets:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.thaw()
+        self.cut()
+        for thread in self._threads:
+            thread.join(5)
+        for end in self._sockets:
+            end.close()
