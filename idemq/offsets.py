@@ -108,8 +108,8 @@ class Tracker:
             self._ended = True
 
     @property
-    def ended(self) -> bool:
-        return self._ended
+    def unfinished(self) -> bool:
+        return bool(self._open)
 
     @property
     def running(self) -> int:

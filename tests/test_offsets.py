@@ -10,7 +10,9 @@ from idemq.offsets import Tracker
 GAPS = st.lists(st.integers(1, 5), min_size=1, max_size=30)
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["deliver", "finish", "finish", "finish", "commit", "confirm", "skip", "revoke", "late"]),
+        st.sampled_from(
+            ["deliver", "finish", "finish", "finish", "commit", "confirm", "skip", "revoke", "late"]
+        ),
         st.integers(0, 10_000),
     ),
     max_size=120,
@@ -103,7 +105,9 @@ def test_the_committed_position_never_passes_an_unfinished_record(
 @pytest.mark.hazard("H10")
 @settings(max_examples=500, deadline=None)
 @given(gaps=GAPS, seed=st.randoms(use_true_random=False))
-def test_when_everything_is_finished_the_position_is_behind_the_last_record(gaps: list[int], seed: object) -> None:
+def test_when_everything_is_finished_the_position_is_behind_the_last_record(
+    gaps: list[int], seed: object
+) -> None:
     partition = Partition(gaps)
     partition.tracker.delivered(partition.offsets)
     order = list(partition.offsets)

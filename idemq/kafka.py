@@ -1,0 +1,216 @@
+"""Kafka, through aiokafka: `Kafka("localhost:9092").topic("payments", group="ledger")`.
+
+A record is committed only after everything before it in its partition is settled; what a record was worth
+committing is decided in `offsets`, the reading itself happens in `kafka_consumer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import ssl
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from idemq.broker import Deliver, Subscription
+from idemq.errors import BrokerUnavailable, SetupError
+from idemq.kafka_connect import (
+    PROTOCOLS,
+    REACH_SECONDS,
+    missing,
+    reach,
+    sasl_options,
+    server_list,
+    ssl_options,
+    told,
+)
+
+T = TypeVar("T")
+
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
+class Kafka:
+    """A Kafka cluster. Nothing is connected before it is used; the password is shown nowhere."""
+
+    def __init__(
+        self,
+        servers: str | Sequence[str],
+        *,
+        name: str = "kafka",
+        security_protocol: str = "PLAINTEXT",
+        ssl_context: ssl.SSLContext | None = None,
+        ssl_cafile: str | None = None,
+        ssl_certfile: str | None = None,
+        ssl_keyfile: str | None = None,
+        sasl_mechanism: str | None = None,
+        sasl_username: str | None = None,
+        sasl_password: str | None = None,
+        sasl_token_provider: Any = None,
+        client_id: str = "idemq",
+    ) -> None:
+        """`servers` are `host:port`, several as a list or separated by commas.
+
+        SSL verifies the server: against `ssl_cafile`, or the system's authorities; `ssl_context` replaces the
+        three files. `sasl_token_provider` is an `aiokafka.abc.AbstractTokenProvider`, for OAUTHBEARER.
+        """
+        try:
+            import aiokafka  # noqa: F401  # only whether it is there
+        except ImportError:
+            raise SetupError('Kafka needs aiokafka: pip install "idemq[kafka]"') from None
+        if not name or not isinstance(name, str):
+            raise SetupError("Kafka(name=...) must be a text that is not empty")
+        self.name = name
+        self._pid: int | None = None
+        self._servers = server_list(servers)
+        if security_protocol not in PROTOCOLS:
+            raise SetupError(f"Kafka(security_protocol=...) must be one of {', '.join(PROTOCOLS)}")
+        self._options: dict[str, Any] = {
+            "bootstrap_servers": self._servers,
+            "client_id": client_id,
+            "security_protocol": security_protocol,
+        }
+        files = {"ssl_cafile": ssl_cafile, "ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
+        self._options |= ssl_options(security_protocol, ssl_context, files)
+        self._options |= sasl_options(
+            security_protocol, sasl_mechanism, sasl_username, sasl_password, sasl_token_provider
+        )
+
+    def __repr__(self) -> str:
+        return f"Kafka({','.join(self._servers)!r}, name={self.name!r})"
+
+    def topic(
+        self,
+        name: str,
+        *,
+        group: str,
+        declare: bool = False,
+        partitions: int = 1,
+        replication: int = 1,
+        session_timeout: float = 10.0,
+        rebalance_timeout: float | None = None,
+        stuck_after: float | None = None,
+    ) -> Topic:
+        """The topic `name`, read by the consumer group `group` from its committed positions, else the start.
+
+        With `declare=True` a missing topic is created, with so many `partitions` and as many copies as
+        `replication` says. A process that sends no heartbeat for `session_timeout` seconds loses its
+        partitions; at a rebalance, handlers get 0.6 times `rebalance_timeout` (default: the session timeout)
+        to finish. A consumer that makes no progress for `stuck_after` seconds (default: three session
+        timeouts) is built anew.
+        """
+        if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
+            raise SetupError(f"Kafka topic {name!r}: 1 to 249 of the characters A-Z a-z 0-9 . _ -")
+        if not isinstance(group, str) or not group:
+            raise SetupError(f"topic {name!r}: group=... must name the consumer group")
+        for option, number in (("partitions", partitions), ("replication", replication)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise SetupError(f"topic {name!r}: {option}={number!r} must be a whole number from 1 up")
+        waits = {
+            "session_timeout": session_timeout,
+            "rebalance_timeout": session_timeout if rebalance_timeout is None else rebalance_timeout,
+            "stuck_after": 3 * session_timeout if stuck_after is None else stuck_after,
+        }
+        for option, seconds in waits.items():
+            if (
+                isinstance(seconds, bool)
+                or not isinstance(seconds, int | float)
+                or not 1 <= seconds <= 86_400
+            ):
+                raise SetupError(f"topic {name!r}: {option}={seconds!r} must be seconds from 1 to 86,400")
+        return Topic(
+            self, name, group, declare=declare, partitions=partitions, replication=replication, **waits
+        )
+
+    def options(self) -> dict[str, Any]:
+        """What every aiokafka client of this cluster is given. Holds the password: do not print it.
+
+        Refused in a process that was forked from one which had used this object: connections, threads and
+        locks do not survive that.
+        """
+        if self._pid is None:
+            self._pid = os.getpid()
+        elif self._pid != os.getpid():
+            raise SetupError(
+                f"{self!r} was used in process {self._pid} before this one was forked from it; "
+                "start processes with the `spawn` method, or use Kafka only after the fork"
+            )
+        return dict(self._options)
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic and the group that reads it: a `Source`."""
+
+    kafka: Kafka
+    name: str
+    group: str
+    declare: bool = field(kw_only=True)
+    partitions: int = field(kw_only=True)
+    replication: int = field(kw_only=True)
+    session_timeout: float = field(kw_only=True)
+    rebalance_timeout: float = field(kw_only=True)
+    stuck_after: float = field(kw_only=True)
+
+    @property
+    def description(self) -> str:
+        servers = self.kafka.options()["bootstrap_servers"]
+        return f"topic {self.name!r} on kafka://{','.join(servers)}, group {self.group!r}"
+
+    def check(self) -> None:
+        _elsewhere(self._check())
+
+    async def _check(self) -> None:
+        from aiokafka.admin import AIOKafkaAdminClient
+        from aiokafka.errors import KafkaError
+
+        options = self.kafka.options()
+        await reach(options)
+        admin = AIOKafkaAdminClient(**options)
+        try:
+            async with asyncio.timeout(3 * REACH_SECONDS):
+                await admin.start()
+                # Asking for all topics creates none; asking for one by name may.
+                if self.name not in await admin.list_topics():
+                    await self._create(admin)
+        except (KafkaError, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"{self.description}: {told(error)}") from None
+        finally:
+            await admin.close()
+
+    async def _create(self, admin: Any) -> None:
+        from aiokafka.admin import NewTopic
+        from aiokafka.errors import TopicAlreadyExistsError, for_code
+
+        if not self.declare:
+            raise missing(self.description)
+        response = await admin.create_topics([NewTopic(self.name, self.partitions, self.replication)])
+        _, code, *text = response.topic_errors[0]
+        if code not in (0, TopicAlreadyExistsError.errno):
+            reason = (text[0] if text else None) or for_code(code).__name__
+            raise SetupError(f"{self.description}: cannot be created (declare=True): {reason}")
+
+    def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
+        from idemq.kafka_consumer import KafkaSubscription
+        from idemq.kafka_session import Reading
+
+        reading = Reading(
+            broker=self.kafka.name,
+            topic=self.name,
+            group=self.group,
+            options=self.kafka.options(),
+            description=self.description,
+            session_timeout=self.session_timeout,
+            rebalance_timeout=self.rebalance_timeout,
+            stuck_after=self.stuck_after,
+        )
+        return KafkaSubscription(reading, consumer, deliver, prefetch)
+
+
+def _elsewhere(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, run on a loop in a thread of its own: the caller may be on a loop itself."""
+    with ThreadPoolExecutor(1, "idemq-kafka-check") as pool:
+        return pool.submit(asyncio.run, work).result()

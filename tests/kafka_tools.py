@@ -1,0 +1,180 @@
+"""What the Kafka tests need of a server: topics, records (odd ones too), and the offsets of a group."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
+
+T = TypeVar("T")
+Headers = Sequence[tuple[str, bytes]]
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+def create_topic(servers: str, topic: str, partitions: int = 1, **configs: str) -> None:
+    async def work() -> None:
+        async with _Admin(servers) as admin:
+            new = NewTopic(topic, partitions, 1, topic_configs=configs)
+            response = await admin.create_topics([new])
+            assert response.topic_errors[0][1] == 0, response
+
+    run(work())
+
+
+def delete_topic(servers: str, topic: str) -> None:
+    async def work() -> None:
+        async with _Admin(servers) as admin:
+            await admin.delete_topics([topic])
+
+    run(work())
+
+
+def topics(servers: str) -> set[str]:
+    async def work() -> set[str]:
+        async with _Admin(servers) as admin:
+            return set(await admin.list_topics())
+
+    return run(work())
+
+
+def committed(servers: str, group: str, topic: str) -> dict[int, int]:
+    """Partition -> committed offset of the group."""
+
+    async def work() -> dict[int, int]:
+        async with _Admin(servers) as admin:
+            offsets = await admin.list_consumer_group_offsets(group)
+            return {tp.partition: meta.offset for tp, meta in offsets.items() if tp.topic == topic}
+
+    return run(work())
+
+
+def members(servers: str, group: str) -> tuple[str, int]:
+    """State of the group and how many members it has."""
+
+    async def work() -> tuple[str, int]:
+        async with _Admin(servers) as admin:
+            (response,) = await admin.describe_consumer_groups([group])
+            found = response.groups[0]
+            return str(found[2]), len(found[5])
+
+    return run(work())
+
+
+def ends(servers: str, topic: str, partitions: int) -> dict[int, int]:
+    """Partition -> end offset, as a consumer of committed records sees it."""
+    from aiokafka import AIOKafkaConsumer
+
+    async def work() -> dict[int, int]:
+        consumer = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_committed")
+        await consumer.start()
+        try:
+            found = await consumer.end_offsets([TopicPartition(topic, n) for n in range(partitions)])
+            return {tp.partition: offset for tp, offset in found.items()}
+        finally:
+            await consumer.stop()
+
+    return run(work())
+
+
+def produce(
+    servers: str,
+    topic: str,
+    values: Iterable[bytes | None],
+    *,
+    partition: int | None = None,
+    keys: bool = False,
+    headers: Headers = (),
+    **options: Any,
+) -> None:
+    """Send `values` and wait for all; with `keys`, the value is the key too."""
+
+    async def work() -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=servers, acks="all", **options)
+        await producer.start()
+        try:
+            sent = [
+                await producer.send(
+                    topic,
+                    value,
+                    key=value if keys or value is None else None,
+                    partition=partition,
+                    headers=headers,
+                )
+                if value is not None
+                else await producer.send(topic, None, key=b"tombstone", partition=partition)
+                for value in values
+            ]
+            await asyncio.gather(*sent)
+        finally:
+            await producer.stop()
+
+    run(work())
+
+
+def produce_transaction(servers: str, topic: str, values: Sequence[bytes], *, commit: bool) -> None:
+    async def work() -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=servers, transactional_id=f"tx-{topic}-{commit}")
+        await producer.start()
+        try:
+            await producer.begin_transaction()
+            for value in values:
+                await producer.send_and_wait(topic, value, partition=0)
+            await (producer.commit_transaction() if commit else producer.abort_transaction())
+        finally:
+            await producer.stop()
+
+    run(work())
+
+
+class _Raw(str):
+    """A header name that is written as bytes which are no UTF-8."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return b"\xff\xfe" + super().encode(encoding, errors)
+
+
+def produce_odd_header(
+    servers: str, topic: str, values: Sequence[bytes], *, good: Sequence[bytes] = ()
+) -> None:
+    """Records with a header name that is not UTF-8, in one batch with `good` ones before and after."""
+
+    async def work() -> None:
+        producer = AIOKafkaProducer(bootstrap_servers=servers)
+        await producer.start()
+        try:
+            batch = producer.create_batch()
+            # aiokafka's builder in C refuses such names; the one in Python writes what it is told.
+            builder = _DefaultRecordBatchBuilderPy(2, 0, False, -1, -1, 0, 1_000_000)
+            half = len(good) // 2
+            rows: list[tuple[bytes, list[tuple[str, bytes]]]] = [(value, []) for value in good[:half]]
+            rows += [(value, [(_Raw("name"), b"1"), ("message-id", b"m1")]) for value in values]
+            rows += [(value, []) for value in good[half:]]
+            for offset, (value, headers) in enumerate(rows):
+                assert builder.append(offset, 1_700_000_000_000, b"key", value, headers) is not None
+            batch._builder = builder
+            batch._relative_offset = len(rows)
+            await (await producer.send_batch(batch, topic, partition=0))
+        finally:
+            await producer.stop()
+
+    run(work())
+
+
+class _Admin:
+    def __init__(self, servers: str) -> None:
+        self._servers = servers
+
+    async def __aenter__(self) -> Any:
+        self._client = AIOKafkaAdminClient(bootstrap_servers=self._servers)
+        await self._client.start()
+        return self._client
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.close()
