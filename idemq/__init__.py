@@ -1,1 +1,33 @@
-"""Idempotent message consumers."""
+"""Idempotent message consumers: each message's id and its effect commit together."""
+
+from idemq.app import App
+from idemq.errors import (
+    BadMessage,
+    BrokerUnavailable,
+    BrokeTransaction,
+    Conflict,
+    IdemqError,
+    InFlight,
+    NotSettled,
+    Reject,
+    SchemaError,
+    SetupError,
+)
+from idemq.message import Message
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "App",
+    "BadMessage",
+    "BrokeTransaction",
+    "BrokerUnavailable",
+    "Conflict",
+    "IdemqError",
+    "InFlight",
+    "Message",
+    "NotSettled",
+    "Reject",
+    "SchemaError",
+    "SetupError",
+]

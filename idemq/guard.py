@@ -83,7 +83,7 @@ class Guard:
         pooled = connection.connection
         self._shadows = self._make_shadows({pooled.dbapi_connection, pooled.driver_connection})
         self._user: object = self
-        _working_for.set(self)
+        self.hold()
         _watch_errors(connection.engine)
         event.listen(connection, "before_cursor_execute", self._before)
 
@@ -91,6 +91,10 @@ class Guard:
         """Stop watching; the connection is the caller's again."""
         self.take_back()
         event.remove(self._connection, "before_cursor_execute", self._before)
+
+    def hold(self) -> None:
+        """The running thread or task is the one that owns the connection between attempts."""
+        _working_for.set(self)
 
     def lend(self, transaction: RootTransaction, claim: Claim) -> None:
         """From here to `verify` or `take_back`, the transaction is the handler's to use and not to end."""
@@ -108,7 +112,7 @@ class Guard:
         """The handler is done: threads and tasks that it left running are refused from here on."""
         if self._user is not self:
             self._user = self
-            _working_for.set(self)
+            self.hold()
             _lent.pop(self._connection, None)
             for namespace, shadows in self._shadows:
                 for name in shadows:

@@ -36,10 +36,12 @@ class Handler:
     asynchronous: bool
     wants: Mapping[str, Kind]
     decoder: Decoder | None
+    #: The session classes that it asks for (more than one would be odd, but harmless).
+    session_classes: tuple[type[Any], ...] = ()
 
     @property
     def wants_session(self) -> bool:
-        return "session" in self.wants.values()
+        return bool(self.session_classes)
 
     def arguments(self, **given: Any) -> dict[str, Any]:
         """The keyword arguments of one call; `given` by kind."""
@@ -48,7 +50,9 @@ class Handler:
 
 def read(function: Callable[..., Any], consumer: str) -> Handler:
     """Read the signature of `function`. Raises `SetupError` naming the consumer and the parameter."""
-    target = function if inspect.isroutine(function) else getattr(function, "func", function.__call__)
+    target: Any = function
+    if not inspect.isroutine(function):  # a partial, or an object with __call__
+        target = getattr(function, "func", None) or type(function).__call__
     if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
         raise SetupError(f"consumer {consumer!r}: the handler is a generator; it must return when it is done")
     asynchronous = inspect.iscoroutinefunction(target)
@@ -70,7 +74,9 @@ def read(function: Callable[..., Any], consumer: str) -> Handler:
                 raise _wrong(consumer, parameter, "is a second payload; a handler takes at most one")
             payload = hints[parameter.name]
         wants[parameter.name] = kind
-    return Handler(function, asynchronous, wants, decoder_for(payload) if payload is not None else None)
+    sessions = tuple(hints[name] for name, kind in wants.items() if kind == "session")
+    decoder = decoder_for(payload) if payload is not None else None
+    return Handler(function, asynchronous, wants, decoder, sessions)
 
 
 def _kind(parameter: inspect.Parameter, hint: Any, asynchronous: bool, consumer: str) -> Kind:

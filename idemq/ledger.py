@@ -120,8 +120,9 @@ class Ledger:
 
     def __init__(self, dialect: Dialect, database_schema: str | None, wait: float) -> None:
         quote = dialect.identifier_preparer
-        prefix = quote.quote_schema(database_schema) + "." if database_schema else ""
-        self.processed = prefix + "idemq_processed"
+        self.schema = database_schema
+        self.processed = f"{quote.quote_schema(database_schema)}." if database_schema else ""
+        self.processed += "idemq_processed"
         self._wait = wait
         self.kind = kind_of(dialect)
         look = "SELECT token, fingerprint FROM {processed} WHERE consumer = :consumer AND id = :id"

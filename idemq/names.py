@@ -29,8 +29,7 @@ def register(
     To be called in a transaction of its own. Raises `SetupError` when two of the names already belong to
     different consumers.
     """
-    table = schema.tables(database_schema).tables
-    names = table[_in(database_schema, "idemq_consumer_names")]
+    names = schema.table("idemq_consumer_names", database_schema)
     every = [name, *known_as]
     found = {each: number for each in every if (number := _look_up(connection, each, names)) is not None}
     if len(set(found.values())) > 1:
@@ -40,7 +39,7 @@ def register(
         )
     number = next(iter(found.values()), None)
     if number is None:
-        result = connection.execute(insert(table[_in(database_schema, "idemq_consumers")]).values())
+        result = connection.execute(insert(schema.table("idemq_consumers", database_schema)).values())
         key = result.inserted_primary_key
         assert key is not None
         number = int(key[0])
@@ -58,7 +57,7 @@ def number_of(connection: Connection, name: str, database_schema: str | None = N
     cache = _known.setdefault(connection.engine, {})
     if (number := cache.get((database_schema, name))) is not None:
         return number
-    names = schema.tables(database_schema).tables[_in(database_schema, "idemq_consumer_names")]
+    names = schema.table("idemq_consumer_names", database_schema)
     transaction = connection.get_transaction()
     number = _look_up(connection, name, names)
     if number is not None:
@@ -79,7 +78,7 @@ def number_of(connection: Connection, name: str, database_schema: str | None = N
 
 def find(connection: Connection, name: str, database_schema: str | None = None) -> int | None:
     """The number of `name`, or None; writes nothing."""
-    names = schema.tables(database_schema).tables[_in(database_schema, "idemq_consumer_names")]
+    names = schema.table("idemq_consumer_names", database_schema)
     return _look_up(connection, name, names)
 
 
@@ -88,7 +87,3 @@ def _look_up(connection: Connection, name: str, names: Table) -> int | None:
     if kind_of(connection.dialect) in ("mysql", "mariadb"):
         query = query.with_for_update(read=True)  # a plain read could answer from an older snapshot
     return connection.execute(query).scalar_one_or_none()
-
-
-def _in(database_schema: str | None, table: str) -> str:
-    return f"{database_schema}.{table}" if database_schema else table

@@ -17,8 +17,6 @@ from idemq.message import Message
 
 #: The largest body after decompression, in bytes.
 MAX_BODY_BYTES = 64 * 1024 * 1024
-#: The deepest nesting of JSON arrays and objects that is decoded.
-MAX_DEPTH = 200
 
 #: Content encodings that say nothing about compression (kombu puts the character set there).
 _PLAIN = frozenset({"", "identity", "binary", "utf-8", "utf8", "us-ascii", "ascii"})
@@ -43,11 +41,9 @@ def decode(message: Message, decoder: Decoder) -> Any:
         raise Unreadable("the message has no body (a tombstone); ask for Message to handle those")
     _refuse_other_types(message.content_type)
     body = decompress(message)
-    if _depth(body) > MAX_DEPTH:
-        raise Unreadable(f"the body nests deeper than {MAX_DEPTH} levels")
     try:
         return decoder(body)
-    except (ValueError, RecursionError) as error:  # msgspec's and pydantic's errors are ValueErrors
+    except (ValueError, RecursionError) as error:  # msgspec's and pydantic's are ValueErrors; both bound depth
         raise Unreadable(f"the body does not fit the payload type: {error}") from error
 
 
@@ -85,27 +81,3 @@ def _refuse_other_types(content_type: str | None) -> None:
     charset = (content_type or "").lower().partition("charset=")[2].strip(' "')
     if charset and charset not in _PLAIN:
         raise Unreadable(f"the character set {charset[:60]!r} is not supported; publish UTF-8")
-
-
-def _depth(body: bytes) -> int:
-    """An upper bound of the nesting, cheap for the usual small body."""
-    if len(body) < MAX_DEPTH:
-        return 0
-    opened = body.count(b"[") + body.count(b"{")
-    if opened <= MAX_DEPTH:
-        return opened
-    depth = deepest = 0
-    quoted = escaped = False
-    for byte in body:
-        if escaped:
-            escaped = False
-        elif quoted:
-            escaped, quoted = byte == 0x5C, byte != 0x22
-        elif byte == 0x22:
-            quoted = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
-    return deepest

@@ -1,0 +1,146 @@
+"""Two thin shells around `process.Unit`: they hold a connection, call the handler and lose no error."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.orm import Session
+
+from idemq.bridge import uninterrupted
+from idemq.failures import Job
+from idemq.message import Verdict
+from idemq.payload import decode
+from idemq.process import Consumer, Unit, released
+
+
+class SyncUnit:
+    """Runs the attempts of a sync handler, one at a time, on a connection that it holds and renews."""
+
+    def __init__(self, engine: Engine, consumer: Consumer, number: int, *, trigger: bool = False) -> None:
+        self._engine, self._consumer = engine, consumer
+        self._number, self._trigger = number, trigger
+        self._unit: Unit | None = None
+
+    def run(self, job: Job) -> Verdict:
+        """One attempt. Never raises an Exception."""
+        try:
+            if self._unit is None:
+                connection = self._engine.connect()
+                self._unit = Unit(self._consumer, self._number, connection, trigger=self._trigger)
+            return self._attempt(self._unit, job)
+        except BaseException as error:
+            self._discard()
+            if not isinstance(error, Exception):
+                raise
+            return released(error)
+        finally:
+            if self._unit is not None and self._unit.spoiled:
+                self._discard()
+
+    def _attempt(self, unit: Unit, job: Job) -> Verdict:
+        verdict = unit.begin(job)
+        if verdict is not None:
+            return verdict
+        handler = self._consumer.handler
+        session: Session | None = None
+        try:
+            payload = decode(job.message, handler.decoder) if handler.decoder is not None else None
+            session = self._consumer.sessions.on(unit.connection) if handler.wants_session else None
+            result = handler.function(
+                **handler.arguments(
+                    message=job.message, payload=payload, session=session, connection=unit.connection
+                )
+            )
+            _refuse_awaitable(result)
+        except BaseException as error:  # SystemExit in a handler must not end the worker's thread
+            return unit.fail(job, session, error)
+        return unit.finish(job, session)
+
+    def _discard(self) -> None:
+        if self._unit is not None:
+            self._unit.discard()
+            self._unit = None
+
+    def close(self) -> None:
+        if self._unit is not None:
+            self._unit.close()
+            self._unit = None
+
+
+def _refuse_awaitable(result: object) -> None:
+    if inspect.isawaitable(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise TypeError("the handler returned an awaitable that nobody awaits; declare it with async def")
+
+
+class AsyncUnit:
+    """`SyncUnit` for async handlers: the same decisions, reached through `run_sync`."""
+
+    def __init__(
+        self, engine: AsyncEngine, consumer: Consumer, number: int, *, trigger: bool = False
+    ) -> None:
+        self._engine, self._consumer = engine, consumer
+        self._number, self._trigger = number, trigger
+        self._connection: AsyncConnection | None = None
+        self._unit: Unit | None = None
+
+    async def run(self, job: Job) -> Verdict:
+        """One attempt. Raises only the cancellation of the task that runs it."""
+        try:
+            if self._connection is None or self._unit is None:
+                self._connection = connection = await self._engine.connect()
+                self._unit = await connection.run_sync(
+                    lambda sync: Unit(self._consumer, self._number, sync, trigger=self._trigger)
+                )
+            return await self._attempt(self._connection, self._unit, job)
+        except BaseException as error:
+            await self._discard()
+            if not isinstance(error, Exception):
+                raise
+            return released(error)
+        finally:
+            if self._unit is not None and self._unit.spoiled:
+                await self._discard()
+
+    async def _attempt(self, connection: AsyncConnection, unit: Unit, job: Job) -> Verdict:
+        verdict = await connection.run_sync(lambda _: unit.begin(job))
+        if verdict is not None:
+            return verdict
+        handler = self._consumer.handler
+        session = None
+        try:
+            payload = decode(job.message, handler.decoder) if handler.decoder is not None else None
+            session = self._consumer.sessions.on_async(connection) if handler.wants_session else None
+            await handler.function(
+                **handler.arguments(
+                    message=job.message, payload=payload, session=session, connection=connection
+                )
+            )
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and _cancelling():
+                raise  # our own task is to end; a CancelledError from the handler's inside is its failure
+            failure, sync = error, session.sync_session if session else None
+            return await uninterrupted(connection.run_sync(lambda _: unit.fail(job, sync, failure)))
+        sync = session.sync_session if session else None
+        return await uninterrupted(connection.run_sync(lambda _: unit.finish(job, sync)))
+
+    async def _discard(self) -> None:
+        unit, self._unit = self._unit, None
+        connection, self._connection = self._connection, None
+        if connection is not None and unit is not None:
+            await uninterrupted(connection.run_sync(lambda _: unit.discard()))
+
+    async def close(self) -> None:
+        unit, self._unit = self._unit, None
+        connection, self._connection = self._connection, None
+        if connection is not None and unit is not None:
+            await connection.run_sync(lambda _: unit.close())
+
+
+def _cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,191 @@
+"""The only place where threads and the event loop meet.
+
+`Threads` and `Tasks` run a fixed number of lanes over one queue; `EventLoop` is a thread for async handlers,
+apart from every broker's I/O; `Clock` calls things later, on the thread that runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
+Item = TypeVar("Item", contravariant=True)
+
+
+async def uninterrupted(step: Awaitable[T]) -> T:
+    """Await `step` to its end even when our task is cancelled meanwhile; the cancellation comes after it."""
+    task = asyncio.ensure_future(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait({task})
+        raise
+
+
+class Lane(Protocol[Item]):
+    """Works on one item at a time. `run` must not raise."""
+
+    def run(self, item: Item) -> None: ...
+    def close(self) -> None: ...
+
+
+class AsyncLane(Protocol[Item]):
+    """`Lane` on the event loop."""
+
+    async def run(self, item: Item) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Threads(Generic[T]):
+    """`count` threads that take items from one queue; each has a lane of its own, made in its thread."""
+
+    def __init__(self, name: str, count: int, make: Callable[[], Lane[T]]) -> None:
+        self._queue: SimpleQueue[T | None] = SimpleQueue()
+        self._make = make
+        self._threads = [
+            threading.Thread(target=self._run, name=f"idemq-{name}-{number}", daemon=True)
+            for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, items: Sequence[T]) -> None:
+        for item in items:
+            self._queue.put(item)
+
+    def stop(self) -> list[T]:
+        """Let the lanes end after their present item; returns what nobody had begun."""
+        left: list[T] = []
+        try:
+            while True:
+                item = self._queue.get_nowait()
+                if item is not None:
+                    left.append(item)
+        except Empty:
+            pass
+        for _ in self._threads:
+            self._queue.put(None)
+        return left
+
+    def join(self, timeout: float) -> bool:
+        """Whether all lanes ended within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _run(self) -> None:
+        lane = self._make()
+        while (item := self._queue.get()) is not None:
+            lane.run(item)
+        lane.close()
+
+
+class EventLoop:
+    """An event loop in a thread of its own, for async handlers."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="idemq-handlers", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run it on the loop and wait for it here."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def close(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+class Tasks(Generic[T]):
+    """`Threads` for async lanes: `count` tasks on the handlers' event loop."""
+
+    def __init__(self, loop: EventLoop, count: int, make: Callable[[], AsyncLane[T]]) -> None:
+        self._loop = loop.loop
+        self._queue: asyncio.Queue[T | None] = asyncio.Queue()
+        self._make = make
+        self._count = count
+        self._futures = [asyncio.run_coroutine_threadsafe(self._run(), self._loop) for _ in range(count)]
+
+    def put(self, items: Sequence[T]) -> None:
+        self._loop.call_soon_threadsafe(self._put, list(items))
+
+    def _put(self, items: list[T]) -> None:
+        for item in items:
+            self._queue.put_nowait(item)
+
+    def stop(self) -> list[T]:
+        return asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+
+    async def _stop(self) -> list[T]:
+        left: list[T] = []
+        while not self._queue.empty():
+            item = self._queue.get_nowait()
+            if item is not None:
+                left.append(item)
+        self._put_ends()
+        return left
+
+    def _put_ends(self) -> None:
+        for _ in range(self._count):
+            self._queue.put_nowait(None)
+
+    def join(self, timeout: float) -> bool:
+        end = time.monotonic() + timeout
+        for future in self._futures:
+            try:
+                future.exception(max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                return False
+        return True
+
+    async def _run(self) -> None:
+        lane = self._make()
+        while (item := await self._queue.get()) is not None:
+            await lane.run(item)
+        await lane.close()
+
+
+class Clock:
+    """Calls functions later, on the one thread that runs it (the process's main thread)."""
+
+    def __init__(self) -> None:
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        # An RLock, because a signal handler may call `stop` while this very thread holds it.
+        self._changed = threading.Condition(threading.RLock())
+        self._stopped = False
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        with self._changed:
+            heapq.heappush(self._due, (time.monotonic() + seconds, next(self._numbers), call))
+            self._changed.notify()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while (call := self._next()) is not None:
+            call()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                if self._due and self._due[0][0] <= now:
+                    return heapq.heappop(self._due)[2]
+                self._changed.wait(self._due[0][0] - now if self._due else None)
+        return None

@@ -1,0 +1,245 @@
+"""The worker: takes deliveries from brokers, runs each by the one path, and settles it by the verdict.
+
+Nothing is acknowledged but on `Ack` and `Dead`. On `Release` the worker keeps the delivery and tries again
+after a growing delay, because a broker's own requeue is a hot loop (RabbitMQ) or does not exist (Kafka).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tenacity import RetryCallState, Retrying, wait_exponential_jitter
+
+from idemq.attempts import AsyncUnit, SyncUnit
+from idemq.bridge import Clock, EventLoop, Tasks, Threads
+from idemq.broker import Delivery, Source, Subscription
+from idemq.failures import Job
+from idemq.message import Ack, Dead, Release, Verdict
+from idemq.process import Consumer
+
+log = logging.getLogger("idemq.worker")
+
+#: How long a released delivery rests before it is tried again, in seconds.
+PAUSE = wait_exponential_jitter(initial=0.1, max=30, exp_base=2, jitter=0.1)
+#: Seconds between two lines about a consumer's progress.
+REPORT_EVERY = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A delivery that the worker has, until it is settled."""
+
+    delivery: Delivery
+    job: Job | None = None
+    releases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What a consumer is run with: its declaration, where from, and how many at a time."""
+
+    consumer: Consumer
+    source: Source
+    concurrency: int
+    prefetch: int
+    number: int
+    trigger: bool = False
+
+
+class ConsumerWorker:
+    """Runs one consumer in this process."""
+
+    def __init__(
+        self, feed: Feed, engine: Engine | AsyncEngine, clock: Clock, loop: EventLoop | None
+    ) -> None:
+        self.feed = feed
+        self.counts: Counter[str] = Counter()
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stopping = False
+        #: Keys being worked on here, each with the copies that wait for it: they never reach the database.
+        self._in_flight: dict[bytes, list[Item]] = {}
+        name = feed.consumer.name
+        if isinstance(engine, AsyncEngine):
+            assert loop is not None
+            self._lanes: Threads[Item] | Tasks[Item] = Tasks(
+                loop, feed.concurrency, lambda: _AsyncLane(self, engine)
+            )
+        else:
+            self._lanes = Threads(name, feed.concurrency, lambda: _Lane(self, engine))
+        self.subscription: Subscription = feed.source.subscribe(name, self._deliver, feed.prefetch)
+
+    def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+        self._lanes.put([Item(delivery) for delivery in deliveries])
+
+    def take(self, item: Item) -> Job | None:
+        """The job to attempt now, or None when this is not the time or not our message any more."""
+        if self._stopping or not item.delivery.start():
+            item.delivery.drop()
+            return None
+        if item.job is None:
+            item.job = self.feed.consumer.job(item.delivery.message)
+        key = item.job.key
+        if key is not None:
+            with self._lock:
+                if (waiting := self._in_flight.get(key)) is not None:
+                    waiting.append(item)
+                    return None
+                self._in_flight[key] = []
+        return item.job
+
+    def settle(self, item: Item, verdict: Verdict) -> None:
+        """Act on the verdict, then let the copies that waited for this one go on."""
+        match verdict:
+            case Ack(duplicate):
+                item.delivery.ack()
+                outcome = "duplicates" if duplicate else "processed"
+            case Dead(reason):
+                item.delivery.ack()
+                outcome = "dead"
+                log.warning("%s: dead letter (%s): %r", self.feed.consumer.name, reason, _id(item))
+            case Release():
+                outcome = "failures" if verdict.failed else "released"
+                self._keep(item, verdict)
+        key = item.job.key if item.job is not None else None
+        with self._lock:
+            self.counts[outcome] += 1
+            waiting = self._in_flight.pop(key, []) if key is not None else []
+        if waiting:
+            self._lanes.put(waiting)
+
+    def _keep(self, item: Item, verdict: Release) -> None:
+        item.releases += 1
+        delay = _pause(item.releases)
+        log.warning(
+            "%s: %r not done (%s); tried again in %.1f s",
+            self.feed.consumer.name,
+            _id(item),
+            shown(verdict.cause),
+            delay,
+        )
+        self._clock.later(delay, lambda: self._lanes.put([item]))
+
+    def report(self) -> None:
+        """One line of what happened since the start."""
+        counts = ", ".join(
+            f"{name} {self.counts[name]}" for name in ("processed", "duplicates", "dead", "failures")
+        )
+        connected = "" if self.subscription.connected else "; not connected to the broker"
+        log.info("%s: %s%s", self.feed.consumer.name, counts, connected)
+
+    def pause(self) -> None:
+        """Take no more deliveries, and begin no more attempts."""
+        self._stopping = True
+        self.subscription.pause()
+        for item in self._lanes.stop():
+            item.delivery.drop()
+
+    def close(self, grace: float) -> bool:
+        """Wait for the attempts under way, settle, and leave. False: an attempt did not end in time."""
+        ended = self._lanes.join(grace)
+        self.subscription.close(timeout=10.0)
+        return ended
+
+
+class _Lane:
+    def __init__(self, worker: ConsumerWorker, engine: Engine) -> None:
+        feed = worker.feed
+        self._worker = worker
+        self._unit = SyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
+
+    def run(self, item: Item) -> None:
+        job = self._worker.take(item)
+        if job is not None:
+            self._worker.settle(item, self._unit.run(job))
+
+    def close(self) -> None:
+        self._unit.close()
+
+
+class _AsyncLane:
+    def __init__(self, worker: ConsumerWorker, engine: AsyncEngine) -> None:
+        feed = worker.feed
+        self._worker = worker
+        self._unit = AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
+
+    async def run(self, item: Item) -> None:
+        job = self._worker.take(item)
+        if job is not None:
+            self._worker.settle(item, await self._unit.run(job))
+
+    async def close(self) -> None:
+        await self._unit.close()
+
+
+class Worker:
+    """All consumers of one process, from start to stop."""
+
+    def __init__(self, feeds: Sequence[tuple[Feed, Engine | AsyncEngine]]) -> None:
+        self._feeds = feeds
+        self._clock = Clock()
+        self.failure: BaseException | None = None
+
+    def stop(self) -> None:
+        """Stop in order; may be called from a signal handler or another thread."""
+        self._clock.stop()
+
+    def run(self, grace: float, started: Callable[[], None] = lambda: None) -> bool:
+        """Run until `stop`, or until a consumer cannot go on (`failure`).
+
+        True: everything that was begun is settled. False: an attempt did not end within `grace` seconds;
+        the caller must end the process hard, which is safe.
+        """
+        loop = EventLoop() if any(isinstance(engine, AsyncEngine) for _, engine in self._feeds) else None
+        workers = [ConsumerWorker(feed, engine, self._clock, loop) for feed, engine in self._feeds]
+        self._clock.later(1.0, lambda: self._watch(workers))
+        self._clock.later(REPORT_EVERY, lambda: self._report(workers))
+        started()
+        self._clock.run()
+        log.info("stopping: finishing what was begun (at most %.0f s)", grace)
+        for worker in workers:
+            worker.pause()
+        end = time.monotonic() + grace
+        late = [worker for worker in workers if not worker.close(max(0.0, end - time.monotonic()))]
+        for worker in workers:
+            worker.report()
+        if loop is not None and not late:
+            loop.close()
+        return not late
+
+    def _watch(self, workers: Sequence[ConsumerWorker]) -> None:
+        for worker in workers:
+            if worker.subscription.failure is not None:
+                self.failure = worker.subscription.failure
+                log.error("%s: cannot go on: %s", worker.feed.consumer.name, self.failure)
+                self._clock.stop()
+                return
+        self._clock.later(1.0, lambda: self._watch(workers))
+
+    def _report(self, workers: Sequence[ConsumerWorker]) -> None:
+        for worker in workers:
+            worker.report()
+        self._clock.later(REPORT_EVERY, lambda: self._report(workers))
+
+
+def _pause(releases: int) -> float:
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = releases
+    return PAUSE(state)
+
+
+def _id(item: Item) -> str:
+    return shown(item.job.message.id or "" if item.job is not None else "")
+
+
+def shown(text: str) -> str:
+    """Text from outside as it may stand in a log line: one line, printable, at most 200 characters."""
+    text = "".join(each if each.isprintable() else " " for each in text[:400])
+    return text if len(text) <= 200 else text[:200] + "..."
