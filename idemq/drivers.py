@@ -101,6 +101,18 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OperationalError | InterfaceError) and code is None
 
 
+def is_refused(error: BaseException) -> bool:
+    """The server answered a connection attempt, and does not want this user, password or database."""
+    if isinstance(error, DBAPIError) and error_code(error) in (1044, 1045, 1049, 1698):
+        return True
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    code = getattr(cause, "sqlstate", None)
+    if isinstance(code, str):
+        return code[:2] in ("28", "3D")
+    words = str(cause)  # psycopg gives connection errors no code
+    return "password authentication failed" in words or ("FATAL" in words and "does not exist" in words)
+
+
 def status_reader(connection: Connection) -> Callable[[], bool]:
     """A function that says whether the driver still sees a transaction that can be committed.
 

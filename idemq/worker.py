@@ -145,6 +145,7 @@ class ConsumerWorker:
     def close(self, grace: float) -> bool:
         """Wait for the attempts under way, settle, and leave. False: an attempt did not end in time."""
         ended = self._lanes.join(grace)
+        self.report()
         self.subscription.close(timeout=10.0)
         return ended
 
@@ -208,8 +209,6 @@ class Worker:
             worker.pause()
         end = time.monotonic() + grace
         late = [worker for worker in workers if not worker.close(max(0.0, end - time.monotonic()))]
-        for worker in workers:
-            worker.report()
         if loop is not None and not late:
             loop.close()
         return not late

@@ -1,0 +1,169 @@
+"""`idemq run`: whatever can be wrong is an error before the first delivery; then the worker takes over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+import typer
+from sqlalchemy import Connection
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from idemq import migrate, names
+from idemq.app import App, Declared
+from idemq.cli.loading import AppName, Failure, Unreachable, engine_of, load, with_connection
+from idemq.cli.logs import Format, configure
+from idemq.cli.supervisor import supervise
+from idemq.errors import BrokerUnavailable, IdemqError, SchemaError, SetupError
+from idemq.worker import Feed, Worker
+
+log = logging.getLogger("idemq.run")
+
+Result = TypeVar("Result")
+
+
+Only = Annotated[list[str] | None, typer.Option("--only", help="Run this consumer only (repeatable).")]
+Processes = Annotated[int, typer.Option(min=1, help="Worker processes; what dies is started again.")]
+LogFormat = Annotated[Format, typer.Option(help="How log lines are written.")]
+Grace = Annotated[float, typer.Option(min=0, help="Seconds that a stop waits for running handlers.")]
+Child = Annotated[bool, typer.Option("--child", hidden=True)]
+
+
+def run(
+    app: AppName,
+    only: Only = None,
+    processes: Processes = 1,
+    log_format: LogFormat = Format.text,
+    grace: Grace = 30.0,
+    child: Child = False,
+) -> None:
+    """Run the consumers of an app until SIGTERM or Ctrl-C; a second signal ends it at once, which is safe."""
+    configure(log_format)
+    if not child:
+        raise SystemExit(supervise(sys.argv[1:], processes))
+    _stop_with_parent()
+    loaded = load(app)
+    try:
+        feeds = prepare(loaded, _chosen(loaded, only))
+    except (IdemqError, Failure) as error:  # nothing of this is mended by starting the process again
+        raise SetupError(str(error).replace(" APP`", f" {app}`")) from None
+    worker = Worker([(feed, loaded.engine_for(feed.consumer)) for feed in feeds])
+    _stop_on_signals(worker)
+    ended = worker.run(grace, lambda: log.info("started, process %d", os.getpid()))
+    if not ended:
+        log.warning("a handler did not end within %.0f s: ending the process; its message comes again", grace)
+        os._exit(1)
+    if worker.failure is not None:
+        raise Failure(str(worker.failure))
+
+
+def _chosen(app: App, only: list[str] | None) -> list[Declared]:
+    unknown = [name for name in only or () if name not in app.consumers]
+    if unknown:
+        known = ", ".join(app.consumers) or "none"
+        raise SetupError(f"--only {unknown[0]}: there is no such consumer; declared are: {known}")
+    if not app.consumers:
+        raise SetupError("the app declares no consumers")
+    return [declared for name, declared in app.consumers.items() if not only or name in only]
+
+
+def prepare(app: App, chosen: list[Declared]) -> list[Feed]:
+    """Check tables, names and brokers, waiting for servers that do not answer yet.
+
+    Raises `SetupError`, `SchemaError` or `Failure` for what waiting does not mend.
+    """
+    trigger = _patiently(lambda: with_connection(app, lambda connection: _check_tables(app, connection)))
+    return [_feed(app, declared, trigger) for declared in chosen]
+
+
+def _feed(app: App, declared: Declared, trigger: bool) -> Feed:
+    consumer, source = declared.consumer, declared.source
+    number = _patiently(lambda: _register(app, declared))
+    try:
+        _patiently(source.check)
+    except SetupError as error:
+        raise SetupError(f"consumer {consumer.name!r}: {error}") from None
+    log.info(
+        "%s: from %s, %d at a time in this process (prefetch %d), into %s",
+        consumer.name,
+        source.description,
+        declared.concurrency,
+        declared.prefetch,
+        engine_of(app).url.render_as_string(hide_password=True),
+    )
+    return Feed(consumer, source, declared.concurrency, declared.prefetch, number, trigger)
+
+
+def _check_tables(app: App, connection: Connection) -> bool:
+    problems = migrate.check(connection, app.schema)
+    if problems:
+        raise SchemaError("; ".join(problems))
+    for warning in migrate.durability(connection):
+        log.warning("the database: %s", warning)
+    return migrate.has_strict(connection, app.schema)
+
+
+def _register(app: App, declared: Declared) -> int:
+    name, before = declared.consumer.name, declared.known_as
+    for attempt in Retrying(
+        retry=retry_if_exception_type(Failure), stop=stop_after_attempt(5), reraise=True
+    ):  # another process may register the same name at the same moment
+        with attempt:
+            return with_connection(
+                app, lambda connection: names.register(connection, name, before, app.schema)
+            )
+    raise AssertionError
+
+
+def _patiently(call: Callable[[], Result]) -> Result:
+    """Until the server answers; one line each time that it does not."""
+    return Retrying(
+        retry=retry_if_exception_type((Unreachable, BrokerUnavailable)),
+        wait=wait_exponential_jitter(initial=0.5, max=15),
+        before_sleep=lambda state: log.warning(
+            "%s; tried again", state.outcome and state.outcome.exception()
+        ),
+    )(call)
+
+
+def _error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome is not None else None
+
+
+def _stop_on_signals(worker: Worker) -> None:
+    """The first SIGTERM or SIGINT stops in order; the second ends the process at once."""
+    signalled = threading.Event()
+
+    def stop(number: int, _frame: object) -> None:
+        if signalled.is_set():
+            os._exit(128 + number)
+        signalled.set()
+        worker.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _stop_with_parent() -> None:
+    """The parent holds the other end of standard input; when it dies, this process stops in order."""
+
+    def wait() -> None:
+        try:
+            while os.read(0, 1024):
+                pass
+        except OSError:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="idemq-parent", daemon=True).start()
