@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Column, Connection, Inspector, Table, UniqueConstraint, inspect, text
 from sqlalchemy.schema import CreateIndex
+from sqlalchemy.types import NullType, TypeEngine
 
 from idemq import migrations
 from idemq import schema as tables
@@ -68,15 +70,18 @@ def _columns(connection: Connection, inspector: Inspector, table: Table) -> Iter
     for column in table.columns:
         if (there := found.pop(column.name, None)) is None:
             yield f"{table.name} has no column {column.name}: {_BY_HAND}"
-        elif same.compare_type(Column(column.name, there["type"]), column):
-            right = column.type.compile(connection.dialect)
-            is_ = there["type"].compile(connection.dialect)
-            yield f"{table.name}.{column.name} is {is_} and must be {right}: {_BY_HAND}"
+        elif isinstance(there["type"], NullType) or same.compare_type(Column("", there["type"]), column):
+            wrong, right = _words(connection, there["type"]), _words(connection, column.type)
+            yield f"{table.name}.{column.name} is {wrong} and must be {right}: {_BY_HAND}"
         elif column.nullable and not there["nullable"]:
             yield f"{table.name}.{column.name} must allow NULL: {_BY_HAND}"
     for name, other in found.items():
         if not other["nullable"] and other.get("default") is None:
             yield f"{table.name}.{name} is not a column of idemq and needs a default, or NULL: {_BY_HAND}"
+
+
+def _words(connection: Connection, kind: TypeEngine[Any]) -> str:
+    return "of no type" if isinstance(kind, NullType) else kind.compile(connection.dialect)
 
 
 def _uniqueness(table: Table, keys: list[_Key]) -> Iterator[str]:
@@ -88,9 +93,9 @@ def _uniqueness(table: Table, keys: list[_Key]) -> Iterator[str]:
         there = [key for key in keys if key.columns == columns and (key.primary or not primary)]
         what = f"{'primary key' if primary else 'unique constraint'} ({', '.join(sorted(columns))})"
         if not there:
-            other = "".join(f", but ({', '.join(sorted(key.columns))})" for key in keys if key.primary)
+            others = [f", but ({', '.join(sorted(key.columns))})" for key in keys if key.primary and primary]
             yield (
-                f"{table.name} has no {what}{other if primary else ''}, so a message could be processed twice: "
+                f"{table.name} has no {what}{''.join(others)}, so a message could be processed twice: "
                 f"remove the double rows, then {_BY_HAND}"
             )
         elif not any(key.valid for key in there):
