@@ -79,6 +79,8 @@ def connect(path: Path, *, create: bool = False, durable: bool = True) -> Connec
     `SetupError` for a file that is missing or is not a broker's, which is then left as it was.
     """
     refuse_fork(path)
+    if path.is_dir():
+        raise SetupError(f"{path} is a directory; the embedded broker needs the path of a file")
     if not create and not path.exists():
         raise SetupError(f"there is no embedded broker at {path}; declare a queue with declare=True first")
     if create and not path.parent.is_dir():
