@@ -136,6 +136,7 @@ class QueueSubscription:
         link = self._connect()
         try:
             link.watch(self._wakeup)
+            self._woken = False  # the byte may have been read by the connection that broke
             self._link = link
             logger.info("%s: consuming from %s", self._consumer, self._description)
             while not self._closing.is_set():
@@ -177,11 +178,13 @@ class QueueSubscription:
     def _pause_after(self, error: Exception) -> None:
         pause = min(LONGEST_PAUSE, 0.1 * 2**self._failures) * random.uniform(0.5, 1)
         self._failures = min(self._failures + 1, 10)
+        cause = str(error) or type(error).__name__
+        if self._description not in cause:
+            cause = f"not consuming from {self._description}: {cause}"
         logger.warning(
-            "%s: not consuming from %s: %s; trying again in %.1f s",
+            "%s: %s; trying again in %.1f s",
             self._consumer,
-            self._description,
-            str(error) or type(error).__name__,
+            cause,
             pause,
             exc_info=None if isinstance(error, LINK_ERRORS) else error,
         )

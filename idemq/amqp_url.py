@@ -77,8 +77,8 @@ def _address(
         parts = url_to_parts(url)
     except ValueError:  # its text may hold the password
         raise SetupError(
-            "RabbitMQ: url cannot be read: quote special characters of user and password "
-            "with urllib.parse.quote(text, safe='')"
+            "RabbitMQ: url cannot be read: the port must be a number up to 65535, and special characters of "
+            "user and password must be quoted with urllib.parse.quote(text, safe='')"
         ) from None
     if scheme == "amqps" and ssl is False:
         raise SetupError("RabbitMQ: the url says amqps and ssl=False contradicts it: leave one of them out")

@@ -1,4 +1,4 @@
-"""A publisher beside idemq, a collector of deliveries, and a TCP proxy that can be cut or frozen."""
+"""A publisher beside idemq, a collector of deliveries, a TCP proxy to cut, and a server to kill."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import amqp
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from testcontainers.core.container import DockerContainer
+from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
 from idemq.broker import Delivery, Subscription
 from idemq.rabbitmq import Queue
+from tests.servers import SERVERS, free_port
 
 
 class Server:
@@ -146,3 +154,82 @@ class Proxy:
             thread.join(5)
         for end in self._sockets:
             end.close()
+
+
+class OwnServer:
+    """A RabbitMQ container with a TLS port and a certificate for `localhost` that may be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        write_certificate(folder)
+        self.ca_certs = str(folder / "cert.pem")
+        self.port, self.tls_port = free_port(), free_port()
+        configuration = folder / "90-tls.conf"
+        configuration.write_text(
+            "listeners.ssl.default = 5671\n"
+            "ssl_options.cacertfile = /etc/rabbitmq/tls/cert.pem\n"
+            "ssl_options.certfile = /etc/rabbitmq/tls/cert.pem\n"
+            "ssl_options.keyfile = /etc/rabbitmq/tls/key.pem\n"
+            "ssl_options.verify = verify_none\n"
+        )
+        self._container = (
+            DockerContainer(SERVERS["rabbitmq"][1])
+            .with_bind_ports(5672, self.port)
+            .with_bind_ports(5671, self.tls_port)
+            .with_volume_mapping(str(folder), "/etc/rabbitmq/tls")
+            .with_volume_mapping(str(configuration), "/etc/rabbitmq/conf.d/90-tls.conf")
+            .waiting_for(LogMessageWaitStrategy("Server startup complete").with_startup_timeout(90))
+        )
+
+    def __enter__(self) -> Self:
+        self._container.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.stop()
+
+    @property
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+
+    def kill(self) -> None:
+        self._container.get_wrapped_container().kill()
+
+    def start(self) -> None:
+        self._container.get_wrapped_container().start()
+
+    def stop_app(self) -> None:
+        """An orderly end: the server closes its connections and its files."""
+        self._container.exec(["rabbitmqctl", "stop_app"])
+
+    def start_app(self) -> None:
+        self._container.exec(["rabbitmqctl", "start_app"])
+
+
+def write_certificate(folder: Path) -> None:
+    """A certificate that signs itself, for the host name `localhost`."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "idemq test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    (folder / "cert.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # the server in the container is another user

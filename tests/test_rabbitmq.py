@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -316,6 +316,29 @@ def test_a_cut_connection_is_rebuilt_with_one_log_line_an_attempt(
     eventually(lambda: server.counts(queue) == (0, 0))
 
 
+@pytest.mark.hazard("H9")
+def test_an_unexpected_error_costs_a_connection_and_nothing_else(
+    rabbit: RabbitMQ, server: Server, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.publish(queue, b"x")
+    collector = Collector()
+    faults = [ZeroDivisionError("a mistake in the program")]
+
+    def deliver(deliveries: Sequence[Delivery]) -> None:
+        if faults:
+            raise faults.pop()
+        collector(deliveries)
+
+    subscription = rabbit.queue(queue).subscribe("test", deliver, 10)
+    delivery = collector.take()
+    delivery.ack()
+    subscription.close(10)
+
+    assert delivery.message.redelivered
+    assert "ZeroDivisionError: a mistake in the program" in caplog.text  # with its traceback
+    eventually(lambda: server.counts(queue) == (0, 0))
+
+
 @pytest.mark.hazard("H17")
 def test_deliveries_held_for_three_heartbeats_stay_ours(
     rabbitmq_url: str, server: Server, queue: str
@@ -336,7 +359,7 @@ def test_deliveries_held_for_three_heartbeats_stay_ours(
 def test_sixteen_threads_ack_without_a_channel_error(
     rabbit: RabbitMQ, server: Server, queue: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    count, threads = 8000, 16
+    count, threads = 4800, 16
     seen: list[bytes | None] = []
     epochs: set[int] = set()
 
@@ -435,6 +458,7 @@ def _in_child(subscription: QueueSubscription, delivery: Delivery, source: Any, 
 
 
 @pytest.mark.hazard("H53")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # forking beside threads is what is tested
 def test_a_forked_child_is_refused_and_does_not_disturb_the_parent(
     rabbit: RabbitMQ, server: Server, queue: str
 ) -> None:

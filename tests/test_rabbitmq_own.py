@@ -1,0 +1,127 @@
+"""RabbitMQ with TLS, and RabbitMQ that is killed: on a server that nobody else uses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import ssl
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from idemq.errors import BrokerUnavailable, SetupError
+from idemq.rabbitmq import RabbitMQ
+from tests import servers
+from tests.rabbitmq_tools import OwnServer, Server, consuming
+from tests.servers import eventually
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+    try:
+        server = OwnServer(tmp_path_factory.mktemp("tls"))
+    except Exception as error:  # whatever the Docker client raises when there is no engine
+        reason = f"needs a RabbitMQ of its own: no Docker engine ({type(error).__name__})"
+        if servers.required():
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    with server:
+        yield server
+
+
+def test_everything_passes_through_tls(own: OwnServer, unique: str) -> None:
+    rabbit = RabbitMQ(f"amqps://localhost:{own.tls_port}", ssl={"ca_certs": own.ca_certs}, heartbeat=1)
+    source = rabbit.queue(unique, declare=True)
+    source.check()
+    server = Server(own.url)
+    large = os.urandom(3_000_000)
+    bodies = [b"%d" % n for n in range(300)]
+    server.publish(unique, large)
+    for body in bodies:
+        server.publish(unique, body)
+
+    with consuming(source, prefetch=50) as (subscription, got):
+        first = got.take()
+        assert first.message.body == large
+        first.ack()
+        for body in bodies:
+            delivery = got.take()
+            assert delivery.message.body == body
+            delivery.ack()
+        assert subscription.connected
+    eventually(lambda: server.counts(unique) == (0, 0))
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "options"),
+    [("localhost", {}), ("127.0.0.1", {"ca_certs": True})],
+    ids=["unknown authority", "another host name"],
+)
+def test_a_certificate_that_does_not_fit_is_refused(
+    own: OwnServer, host: str, options: dict[str, Any]
+) -> None:
+    trusted = dict.fromkeys(options, own.ca_certs)
+    with pytest.raises(SetupError, match=r"certificate is not trusted.*ca_certs"):
+        RabbitMQ(f"amqps://{host}:{own.tls_port}", ssl=trusted).queue("q").check()
+
+
+def test_verification_can_be_turned_off_on_purpose(own: OwnServer, unique: str) -> None:
+    rabbit = RabbitMQ(f"amqps://127.0.0.1:{own.tls_port}", ssl={"cert_reqs": ssl.CERT_NONE})
+    rabbit.queue(unique, declare=True).check()
+
+
+@pytest.mark.parametrize("swapped", ["amqps on the plain port", "amqp on the TLS port"])
+def test_the_wrong_port_is_unavailable_and_says_why(own: OwnServer, swapped: str) -> None:
+    encrypted = swapped.startswith("amqps")
+    port = own.port if encrypted else own.tls_port
+    rabbit = RabbitMQ(f"{'amqps' if encrypted else 'amqp'}://localhost:{port}", connect_timeout=2)
+    with pytest.raises(BrokerUnavailable, match=f"localhost:{port} cannot be reached: .+"):
+        rabbit.queue("q").check()
+
+
+# RabbitMQ 3.10 itself forgets a new quorum queue when it is killed, so that one is stopped in order.
+@pytest.mark.hazard("H8")
+@pytest.mark.hazard("H9")
+@pytest.mark.parametrize(
+    ("kind", "down", "up"),
+    [
+        ("classic", OwnServer.kill, OwnServer.start),
+        ("quorum", OwnServer.stop_app, OwnServer.start_app),
+    ],
+    ids=["classic", "quorum"],
+)
+def test_a_broker_that_was_down_is_consumed_from_again_when_it_is_back(
+    own: OwnServer,
+    unique: str,
+    kind: str,
+    down: Callable[[OwnServer], None],
+    up: Callable[[OwnServer], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = RabbitMQ(own.url, connect_timeout=2).queue(
+        unique, declare=True, arguments={"x-queue-type": kind}
+    )
+    source.check()
+    server = Server(own.url)
+    server.publish(unique, b"kept", delivery_mode=2)
+    server.close()
+    with caplog.at_level(logging.INFO, "idemq"), consuming(source) as (subscription, got):
+        held = got.take()
+
+        down(own)
+        eventually(lambda: not subscription.connected)
+        up(own)
+
+        again = got.take(60)
+        held.ack()
+        assert (again.message.body, again.start(), held.start()) == (b"kept", True, False)
+        again.ack()
+    server = Server(own.url)
+    eventually(lambda: server.counts(unique) == (0, 0))
+    server.close()
+
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings
+    assert all(record.exc_info is None for record in warnings), caplog.text
