@@ -132,7 +132,8 @@ class ConsumerWorker:
         counts = ", ".join(
             f"{name} {self.counts[name]}" for name in ("processed", "duplicates", "dead", "failures")
         )
-        connected = "" if self.subscription.connected else "; not connected to the broker"
+        away = not (self._stopping or self.subscription.connected)
+        connected = "; not connected to the broker" if away else ""
         log.info("%s: %s%s", self.feed.consumer.name, counts, connected)
 
     def pause(self) -> None:

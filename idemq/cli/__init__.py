@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from idemq.cli import db, run
+from idemq.cli import db, demo, run, seen
 from idemq.cli.loading import Failure
 from idemq.errors import IdemqError, SetupError
 
@@ -23,6 +23,8 @@ root = typer.Typer(
 )
 root.add_typer(db.commands, name="db")
 root.command()(run.run)
+root.command()(seen.seen)
+root.command()(demo.demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
