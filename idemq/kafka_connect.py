@@ -75,6 +75,7 @@ def sasl_options(
     for option in needed:
         if option not in given:
             raise SetupError(f"Kafka(sasl_mechanism={mechanism!r}) needs {option}=...")
+    _hide_logins()
     if mechanism == "OAUTHBEARER":
         return {"sasl_mechanism": mechanism, "sasl_oauth_token_provider": provider}
     return {
@@ -82,6 +83,15 @@ def sasl_options(
         "sasl_plain_username": username,
         "sasl_plain_password": password,
     }
+
+
+def _hide_logins() -> None:
+    """aiokafka logs every request at DEBUG, the one with the password too."""
+    logging.getLogger("aiokafka.conn").addFilter(_no_login)
+
+
+def _no_login(record: logging.LogRecord) -> bool:
+    return "sasl_auth_bytes" not in record.getMessage()
 
 
 def missing(description: str) -> SetupError:

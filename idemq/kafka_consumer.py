@@ -98,6 +98,8 @@ class KafkaSubscription:
                 continue  # closed in order
             except Exception as error:
                 reason = error
+            except asyncio.CancelledError:  # nobody cancels us: aiokafka lets some of its own escape
+                reason = Stuck(f"{self._reading.description}: the consumer was cancelled")
             finally:
                 self._session = self._loop = None
             attempt = 0 if session.joined else attempt + 1

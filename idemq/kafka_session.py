@@ -7,7 +7,7 @@ named in every fetch, because aiokafka forgets what it was told to pause at the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from time import monotonic
@@ -144,7 +144,7 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks, timeout=1.0)
 
     async def _until_closed(self) -> None:
         while not self._closing.is_set():
@@ -261,7 +261,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
     async def _position(self, partition: TopicPartition) -> int | None:
         """Where the partition is read next; None while aiokafka does not know."""
         try:
-            return int(await asyncio.wait_for(self._consumer.position(partition), 0.2))
+            async with asyncio.timeout(0.2):
+                return int(await self._consumer.position(partition))
         except (TimeoutError, IllegalStateError):
             return None
 
@@ -351,7 +352,8 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
         """Ask for the ends of our partitions: a sign of life, and whether records lie there unread."""
         partitions = self._consumer.assignment()
         try:
-            ends = await asyncio.wait_for(self._consumer.end_offsets(partitions), seconds)
+            async with asyncio.timeout(seconds):
+                ends = await self._consumer.end_offsets(partitions)
         except (KafkaError, TimeoutError):
             if monotonic() - max(self.sign_of_life, self._began) > self._reading.stuck_after:
                 raise Stuck(f"{self._reading.description}: the cluster does not answer") from None
@@ -378,26 +380,35 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
 
     async def _leave(self, remaining: Callable[[], float], orderly: bool) -> None:
         """Commit what is finished, if all is well, and leave the group; in bounded time."""
-        try:
-            async with asyncio.timeout(remaining() / 2):
-                if orderly:
-                    await self._commit()
-        except (KafkaError, Stuck, TimeoutError) as error:
-            log.debug("%s: %s", self._reading.description, told(error))
+        if orderly:
+            await self._tried(self._commit(), remaining() / 2)
         self._end_epochs()
-        try:
-            async with asyncio.timeout(remaining()):
-                await self._consumer.stop()
-        except (KafkaError, TimeoutError) as error:
-            log.debug("%s: %s", self._reading.description, told(error))
+        if not await self._tried(self._consumer.stop(), remaining()):
             # stop() closes the connections last, so they are still open.
-            await self._consumer._client.close()
+            await self._tried(self._consumer._client.close(), 1.0)
+
+    async def _tried(self, work: Coroutine[Any, Any, None], seconds: float) -> bool:
+        """Whether `work` ended well. A task of its own, because aiokafka's stop() can raise a CancelledError
+        of its own making, which is not ours to obey."""
+        task = asyncio.create_task(work)
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            task.cancel()
+            return False
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.debug("%s: %s", self._reading.description, told(error))
+        return not task.cancelled() and error is None
 
 
 async def _within(event: asyncio.Event, seconds: float) -> None:
-    """Wait for `event`, at most so long, and clear it."""
+    """Wait for `event`, at most so long, and clear it.
+
+    Not with `wait_for`: before Python 3.12 it forgets a cancellation that comes together with the event.
+    """
     try:
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
     except TimeoutError:
         pass
     event.clear()

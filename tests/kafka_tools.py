@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
+
+from tests import servers
 
 T = TypeVar("T")
 Headers = Sequence[tuple[str, bytes]]
@@ -18,10 +22,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-def create_topic(servers: str, topic: str, partitions: int = 1, **configs: str) -> None:
+def create_topic(
+    servers: str, topic: str, partitions: int = 1, configs: dict[str, str] | None = None
+) -> None:
     async def work() -> None:
         async with _Admin(servers) as admin:
-            new = NewTopic(topic, partitions, 1, topic_configs=configs)
+            new = NewTopic(topic, partitions, 1, topic_configs=configs or {})
             response = await admin.create_topics([new])
             assert response.topic_errors[0][1] == 0, response
 
@@ -55,14 +61,14 @@ def committed(servers: str, group: str, topic: str) -> dict[int, int]:
     return run(work())
 
 
-def members(servers: str, group: str) -> tuple[str, int]:
-    """State of the group and how many members it has."""
+def members(servers: str, group: str) -> tuple[str, list[str]]:
+    """State of the group and the ids of its members."""
 
-    async def work() -> tuple[str, int]:
+    async def work() -> tuple[str, list[str]]:
         async with _Admin(servers) as admin:
             (response,) = await admin.describe_consumer_groups([group])
             found = response.groups[0]
-            return str(found[2]), len(found[5])
+            return str(found[2]), [str(member[0]) for member in found[5]]
 
     return run(work())
 
@@ -73,8 +79,8 @@ def ends(servers: str, topic: str, partitions: int) -> dict[int, int]:
 
     async def work() -> dict[int, int]:
         consumer = AIOKafkaConsumer(bootstrap_servers=servers, isolation_level="read_committed")
-        await consumer.start()
         try:
+            await consumer.start()
             found = await consumer.end_offsets([TopicPartition(topic, n) for n in range(partitions)])
             return {tp.partition: offset for tp, offset in found.items()}
         finally:
@@ -97,8 +103,8 @@ def produce(
 
     async def work() -> None:
         producer = AIOKafkaProducer(bootstrap_servers=servers, acks="all", **options)
-        await producer.start()
         try:
+            await producer.start()
             sent = [
                 await producer.send(
                     topic,
@@ -121,8 +127,8 @@ def produce(
 def produce_transaction(servers: str, topic: str, values: Sequence[bytes], *, commit: bool) -> None:
     async def work() -> None:
         producer = AIOKafkaProducer(bootstrap_servers=servers, transactional_id=f"tx-{topic}-{commit}")
-        await producer.start()
         try:
+            await producer.start()
             await producer.begin_transaction()
             for value in values:
                 await producer.send_and_wait(topic, value, partition=0)
@@ -147,8 +153,8 @@ def produce_odd_header(
 
     async def work() -> None:
         producer = AIOKafkaProducer(bootstrap_servers=servers)
-        await producer.start()
         try:
+            await producer.start()
             batch = producer.create_batch()
             # aiokafka's builder in C refuses such names; the one in Python writes what it is told.
             builder = _DefaultRecordBatchBuilderPy(2, 0, False, -1, -1, 0, 1_000_000)
@@ -178,3 +184,54 @@ class _Admin:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._client.close()
+
+
+@dataclass
+class Broker:
+    """A broker of the test's own: may be restarted, wants a password at `secure`, allows short sessions."""
+
+    servers: str
+    secure: str
+    container: Any
+
+    def restart(self) -> None:
+        self.container.get_wrapped_container().restart(timeout=20)
+
+
+USER, PASSWORD = "shop", "s3cret-never-shown"
+
+
+@contextmanager
+def own_broker() -> Iterator[Broker]:
+    try:
+        from testcontainers.core.container import DockerContainer
+        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
+        container = DockerContainer(servers.SERVERS["kafka"][1])
+    except Exception as error:
+        raise servers.Unavailable(f"no Docker engine ({error.__class__.__name__})") from None
+
+    plain, secure = servers.free_port(), servers.free_port()
+    login = "org.apache.kafka.common.security.plain.PlainLoginModule"
+    settings = {
+        "LISTENERS": "PLAINTEXT://0.0.0.0:9092,SECURE://0.0.0.0:9094,CONTROLLER://0.0.0.0:9093",
+        "ADVERTISED_LISTENERS": f"PLAINTEXT://localhost:{plain},SECURE://localhost:{secure}",
+        "LISTENER_SECURITY_PROTOCOL_MAP": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SECURE:SASL_PLAINTEXT",
+        "INTER_BROKER_LISTENER_NAME": "PLAINTEXT",
+        "SASL_ENABLED_MECHANISMS": "PLAIN",
+        "LISTENER_NAME_SECURE_PLAIN_SASL_JAAS_CONFIG": f'{login} required user_{USER}="{PASSWORD}";',
+        "PROCESS_ROLES": "broker,controller",
+        "NODE_ID": "1",
+        "CONTROLLER_QUORUM_VOTERS": "1@localhost:9093",
+        "CONTROLLER_LISTENER_NAMES": "CONTROLLER",
+        "OFFSETS_TOPIC_REPLICATION_FACTOR": "1",
+        "OFFSETS_TOPIC_NUM_PARTITIONS": "5",
+        "GROUP_INITIAL_REBALANCE_DELAY_MS": "0",
+        "GROUP_MIN_SESSION_TIMEOUT_MS": "500",
+    }
+    container.with_bind_ports(9092, plain).with_bind_ports(9094, secure)
+    for name, value in settings.items():
+        container.with_env(f"KAFKA_{name}", value)
+    container.waiting_for(LogMessageWaitStrategy("Kafka Server started").with_startup_timeout(90))
+    with container:
+        yield Broker(f"localhost:{plain}", f"localhost:{secure}", container)

@@ -1,20 +1,28 @@
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
+from aiokafka.errors import KafkaError
 
+from idemq import kafka_session
 from idemq.broker import Delivery, Subscription
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka import Kafka, Topic
+from idemq.kafka_consumer import KafkaSubscription
 from idemq.message import Message
 from tests import kafka_tools as tools
-from tests.servers import eventually, free_port
+from tests.servers import Unavailable, eventually, free_port, required
 
 
 class Inbox:
@@ -71,6 +79,18 @@ def reading(
 def source(servers: str, topic: str, **options: Any) -> Topic:
     chosen: dict[str, Any] = {"group": f"g-{topic}", "session_timeout": 6.0} | options
     return Kafka(servers).topic(topic, **chosen)
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[tools.Broker]:
+    """A broker for the tests that need special settings or restart it."""
+    try:
+        with tools.own_broker() as broker:
+            yield broker
+    except Unavailable as reason:
+        if required():
+            pytest.fail(f"Kafka is required here, but: {reason}", pytrace=False)
+        pytest.skip(f"needs Kafka: {reason}")
 
 
 def caught_up(servers: str, topic: str, partitions: int = 1, group: str | None = None) -> bool:
@@ -229,7 +249,7 @@ def test_records_that_cannot_be_decoded_are_delivered_as_such_and_hold_up_nothin
     assert [message.body for message in odd] == [b"odd1", b"odd2"]
     assert "not UTF-8" in str(odd[0].unreadable)
     assert odd[0].key == b"key"
-    assert sorted(inbox.bodies[:]) == sorted({*inbox.bodies}), "nothing twice"
+    assert len(inbox.bodies) == len({*inbox.bodies}), "nothing twice"
 
 
 @pytest.mark.hazard("H37")
@@ -275,7 +295,7 @@ def test_the_tail_is_not_passed_while_a_record_before_it_is_unfinished(
 @pytest.mark.hazard("H59")
 def test_a_record_above_the_fetch_size_gets_through(kafka_servers: str, unique: str) -> None:
     size = 3_000_000
-    tools.create_topic(kafka_servers, unique, **{"max.message.bytes": str(2 * size)})
+    tools.create_topic(kafka_servers, unique, configs={"max.message.bytes": str(2 * size)})
     values = [b"before", b"x" * size, b"after"]
     tools.produce(kafka_servers, unique, values, partition=0, max_request_size=2 * size)
     inbox = Inbox(finish)
@@ -352,9 +372,341 @@ def test_closing_commits_what_is_finished_and_leaves_the_group_at_once(
         delivery.drop()
     subscription.close(10)
 
-    assert tools.members(kafka_servers, f"g-{unique}") == ("Empty", 0)
+    assert tools.members(kafka_servers, f"g-{unique}") == ("Empty", [])
     assert tools.committed(kafka_servers, f"g-{unique}", unique) == {0: 1}
     again = Inbox(finish)
     with reading(source(kafka_servers, unique), again):
         again.wait(2)
     assert again.bodies == [b"two", b"three"]
+
+
+# ---- rebalances
+
+
+@pytest.mark.hazard("H31")
+def test_back_pressure_holds_through_a_rebalance(kafka_servers: str, unique: str) -> None:
+    tools.create_topic(kafka_servers, unique, partitions=2)
+    for partition in (0, 1):
+        tools.produce(kafka_servers, unique, [b"%d" % n for n in range(50)], partition=partition)
+    topic = source(kafka_servers, unique, rebalance_timeout=2.0)
+    first, second = Inbox(), Inbox(finish)
+    with (
+        reading(topic, first, prefetch=5, consumer="first") as held,
+        reading(topic, second, consumer="second"),
+    ):
+        first.wait(1)
+        second.wait(50)  # the rebalance is over
+        eventually(lambda: held.connected, what="the first member's return")
+        assert len(first.deliveries) <= 5
+        for delivery in first.deliveries[:5]:
+            finish(delivery)
+        first.wait(6)
+        assert len(first.deliveries) <= 10
+
+
+@pytest.mark.hazard("H31")
+def test_a_paused_subscription_stays_paused_through_a_rebalance(kafka_servers: str, unique: str) -> None:
+    tools.create_topic(kafka_servers, unique, partitions=2)
+    topic = source(kafka_servers, unique)
+    first, second = Inbox(finish), Inbox(finish)
+    with reading(topic, first, consumer="first") as paused:
+        eventually(lambda: paused.connected, what="the first member")
+        paused.pause()
+        with reading(topic, second, consumer="second") as other:
+            eventually(lambda: other.connected, what="the second member")
+            for partition in (0, 1):
+                tools.produce(kafka_servers, unique, [b"%d" % partition], partition=partition)
+            second.wait(1)
+            eventually(lambda: len(tools.members(kafka_servers, f"g-{unique}")[1]) == 2, what="two members")
+        assert first.bodies == []
+
+
+@pytest.mark.hazard("H34")
+def test_a_late_acknowledgement_of_an_old_assignment_commits_nothing(kafka_servers: str, unique: str) -> None:
+    tools.create_topic(kafka_servers, unique, partitions=2)
+    for partition in (0, 1):
+        tools.produce(
+            kafka_servers, unique, [b"%d-%d" % (partition, n) for n in range(3)], partition=partition
+        )
+    topic = source(kafka_servers, unique, rebalance_timeout=2.0)
+    first, second = Inbox(), Inbox()
+    with reading(topic, first, consumer="first"):
+        first.wait(6)
+        assert all(delivery.start() for delivery in first.deliveries)
+        finish(first.deliveries[0])
+        done = first.deliveries[0].message.origin["partition"]
+        with reading(topic, second, consumer="second") as other:
+            second.wait(2)  # the drain of the first member has run out, and its epochs have ended
+            old = first.deliveries[1:6]
+            assert not any(delivery.start() for delivery in old)
+            for delivery in old:
+                delivery.ack()
+            first.wait(6 + 2)
+            eventually(lambda: other.connected, what="the second member")
+            time.sleep(0.5)  # more than a commit interval: there is nothing to wait for
+            assert tools.committed(kafka_servers, f"g-{unique}", unique).get(1 - done, 0) == 0
+            assert tools.committed(kafka_servers, f"g-{unique}", unique).get(done, 0) == 1
+            for delivery in [*first.deliveries[6:], *second.deliveries]:
+                finish(delivery)
+            eventually(lambda: caught_up(kafka_servers, unique, 2), what="lag 0")
+
+
+class Ledger:
+    """Who finished what, and whether the commits keep to it."""
+
+    def __init__(self, expected: set[bytes]) -> None:
+        self.expected = expected
+        self.acked: dict[int, set[int]] = {}
+        self.bodies: set[bytes] = set()
+        self.lock = threading.Lock()
+
+    def note(self, message: Message) -> None:
+        """Before the acknowledgement, so that a commit can never be seen first."""
+        with self.lock:
+            self.acked.setdefault(message.origin["partition"], set()).add(message.origin["offset"])
+            assert message.body is not None
+            self.bodies.add(message.body)
+
+    def check(self, committed: dict[int, int]) -> None:
+        with self.lock:
+            for partition, position in committed.items():
+                missing = set(range(position)) - self.acked.get(partition, set())
+                assert not missing, (
+                    f"partition {partition} committed {position} without {sorted(missing)[:5]}"
+                )
+
+
+@pytest.mark.hazard("H10")
+@pytest.mark.hazard("H34")
+def test_a_storm_of_rebalances_loses_nothing(kafka_servers: str, unique: str) -> None:
+    partitions, count, seconds = 4, 4_000, 12.0
+    tools.create_topic(kafka_servers, unique, partitions=partitions)
+    expected = {b"%d" % n for n in range(count)}
+    tools.produce(kafka_servers, unique, sorted(expected), keys=True)
+    ledger = Ledger(expected)
+    topic = source(kafka_servers, unique, rebalance_timeout=1.5)
+    stop = threading.Event()
+    chance = random.Random(7)
+
+    def later(pool: ThreadPoolExecutor, delivery: Delivery) -> None:
+        pause = chance.random() * 0.02
+
+        def work() -> None:
+            if not delivery.start():
+                delivery.drop()
+                return
+            stop.wait(pause)
+            ledger.note(delivery.message)
+            delivery.ack()
+
+        pool.submit(work)
+
+    def member(number: int) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            while not stop.is_set():
+                inbox = Inbox(partial(later, pool))
+                subscription = topic.subscribe(f"storm-{number}", inbox, 50)
+                stop.wait(1.0 + chance.random() * 2)
+                subscription.pause()
+                subscription.close(5)
+
+    members = [threading.Thread(target=member, args=(number,)) for number in range(3)]
+    for thread in members:
+        thread.start()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not expected <= ledger.bodies:
+        ledger.check(tools.committed(kafka_servers, f"g-{unique}", unique))
+        stop.wait(0.1)
+    stop.set()
+    for thread in members:
+        thread.join()
+
+    def finish_and_note(delivery: Delivery) -> None:
+        ledger.note(delivery.message)
+        finish(delivery)
+
+    with reading(topic, Inbox(finish_and_note)):
+        eventually(lambda: caught_up(kafka_servers, unique, partitions), what="lag 0")
+    ledger.check(tools.committed(kafka_servers, f"g-{unique}", unique))
+    assert ledger.bodies == expected
+
+
+# ---- on a broker of our own
+
+
+@pytest.mark.hazard("H17")
+def test_a_handler_that_blocks_for_three_session_timeouts_keeps_its_partitions(
+    own: tools.Broker, unique: str
+) -> None:
+    tools.create_topic(own.servers, unique)
+    tools.produce(own.servers, unique, [b"slow"])
+    release = threading.Event()
+
+    def block(delivery: Delivery) -> None:
+        assert delivery.start()
+        release.wait(60)
+        delivery.ack()
+
+    workers: list[threading.Thread] = []
+
+    def hand_over(delivery: Delivery) -> None:
+        workers.append(threading.Thread(target=block, args=(delivery,)))
+        workers[-1].start()
+
+    inbox = Inbox(hand_over)
+    with reading(source(own.servers, unique, session_timeout=1.5), inbox, prefetch=1) as subscription:
+        inbox.wait(1)
+        members = tools.members(own.servers, f"g-{unique}")
+        release.wait(4.5)
+        assert subscription.connected
+        assert inbox.deliveries[0].start(), "the epoch goes on"
+        assert tools.members(own.servers, f"g-{unique}") == members
+        release.set()
+        eventually(lambda: caught_up(own.servers, unique), what="the commit")
+    workers[0].join()
+    assert inbox.bodies == [b"slow"]
+
+
+@pytest.mark.hazard("H32")
+@pytest.mark.parametrize("fault", ["cancelled", "hanging", "dead coordinator", "hanging commit"])
+def test_a_stuck_consumer_is_built_anew(
+    own: tools.Broker,
+    unique: str,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(kafka_session, "COMMIT_SECONDS", 1.0)
+    tools.create_topic(own.servers, unique)
+    tools.produce(own.servers, unique, [b"one"])
+    inbox = Inbox(finish)
+    topic = source(own.servers, unique, session_timeout=1.0, stuck_after=1.5)
+
+    async def hang(*args: object, **options: object) -> None:
+        await asyncio.Event().wait()
+
+    def harm(session: kafka_session.Session) -> None:
+        """On the loop of the consumer: what a bug or a lost packet would do."""
+        if fault == "cancelled":
+            next(task for task in asyncio.all_tasks() if task.get_name() == "the fetch loop").cancel()
+        elif fault == "hanging":
+            session._consumer._fetcher.fetched_records = hang
+        elif fault == "hanging commit":
+            session._consumer._coordinator.commit_offsets = hang
+        else:
+            session._consumer._coordinator._coordination_task.cancel()
+
+    with reading(topic, inbox) as subscription, caplog.at_level(logging.WARNING, "idemq.kafka"):
+        inbox.wait(1)
+        eventually(lambda: caught_up(own.servers, unique), what="the first commit")
+        assert isinstance(subscription, KafkaSubscription)
+        assert subscription._loop is not None
+        assert subscription._session is not None
+        subscription._loop.call_soon_threadsafe(harm, subscription._session)
+        tools.produce(own.servers, unique, [b"two"])
+        eventually(
+            lambda: b"two" in inbox.bodies and caught_up(own.servers, unique), what="consumption again"
+        )
+        eventually(lambda: any("reading again" in text for text in caplog.messages), what="the log line")
+        assert subscription.failure is None
+        assert all(record.exc_info is None for record in caplog.records)
+
+
+@pytest.mark.hazard("H33")
+def test_reading_goes_on_after_the_broker_restarted(
+    own: tools.Broker, unique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools.create_topic(own.servers, unique, partitions=2)
+    tools.produce(own.servers, unique, [b"a%d" % n for n in range(100)], keys=True)
+    inbox = Inbox(finish)
+    topic = source(own.servers, unique, session_timeout=3.0)
+    with reading(topic, inbox) as subscription, caplog.at_level(logging.INFO, "idemq.kafka"):
+        inbox.wait(100)
+        own.restart()
+        eventually(lambda: _produced(own.servers, unique, [b"b%d" % n for n in range(100)]), 60, "the broker")
+        eventually(lambda: len({*inbox.bodies}) == 200, 30, "the records after the restart")
+        eventually(lambda: caught_up(own.servers, unique, 2), 30, "lag 0")
+        eventually(lambda: subscription.connected, what="connected")
+    assert all(record.exc_info is None for record in caplog.records if record.name == "idemq.kafka")
+
+
+def _produced(servers: str, topic: str, values: list[bytes]) -> bool:
+    try:
+        tools.produce(servers, topic, values, keys=True, request_timeout_ms=5_000)
+    except (KafkaError, OSError):
+        return False
+    return True
+
+
+@pytest.mark.hazard("S7")
+def test_the_password_is_shown_nowhere(
+    own: tools.Broker, unique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tools.create_topic(own.servers, unique)
+    tools.produce(own.servers, unique, [b"one"])
+
+    def secured(password: str) -> Topic:
+        kafka = Kafka(
+            own.secure,
+            security_protocol="SASL_PLAINTEXT",
+            sasl_mechanism="PLAIN",
+            sasl_username=tools.USER,
+            sasl_password=password,
+        )
+        return kafka.topic(unique, group=f"g-{unique}", session_timeout=2.0)
+
+    inbox = Inbox(finish)
+    texts = []
+    with caplog.at_level(logging.DEBUG):
+        right, wrong = secured(tools.PASSWORD), secured(tools.PASSWORD + "!")
+        right.check()
+        with reading(right, inbox) as subscription:
+            inbox.wait(1)
+            texts += [repr(subscription), repr(inbox.deliveries[0]), repr(inbox.messages[0])]
+        with pytest.raises(SetupError, match="refuses the connection") as refusal:
+            wrong.check()
+        with reading(wrong, inbox) as subscription:
+            eventually(lambda: subscription.failure, what="the failure")
+            assert isinstance(subscription.failure, SetupError)
+    texts += [f"{topic!r} {topic.kafka!r} {topic.kafka} {topic.description}" for topic in (right, wrong)]
+    texts += [str(refusal.value), str(subscription.failure), caplog.text]
+    assert not [text for text in texts if tools.PASSWORD in text]
+
+
+def test_a_password_in_the_servers_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SetupError) as refusal:
+        Kafka(f"{tools.USER}:{tools.PASSWORD}@localhost:9092")
+    assert tools.PASSWORD not in str(refusal.value)
+
+
+@pytest.mark.hazard("H53")
+def test_a_forked_process_is_refused(kafka_servers: str, unique: str) -> None:
+    tools.create_topic(kafka_servers, unique)
+    tools.produce(kafka_servers, unique, [b"one"])
+    topic = source(kafka_servers, unique)
+    inbox = Inbox()
+    with reading(topic, inbox) as subscription:
+        inbox.wait(1)
+        child = os.fork()
+        if child == 0:
+            os._exit(_in_the_child(topic, subscription, inbox.deliveries[0]))
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        finish(inbox.deliveries[0])
+        eventually(lambda: caught_up(kafka_servers, unique), what="the parent's commit")
+
+
+def _in_the_child(topic: Topic, subscription: Subscription, delivery: Delivery) -> int:
+    """0 when everything is refused."""
+    subscription.close(1)
+    if delivery.start() or subscription.connected or not isinstance(subscription.failure, SetupError):
+        return 1
+    for use in (topic.check, lambda: topic.subscribe("child", Inbox(), 1)):
+        try:
+            use()
+        except SetupError as error:
+            if "fork" not in str(error):
+                return 2
+        else:
+            return 3
+    return 0
