@@ -69,10 +69,14 @@ _working_for: ContextVar[object] = ContextVar("idemq_working_for", default=None)
 class Guard:
     """Watches one `Connection` that is lent to handlers, one attempt after another."""
 
-    def __init__(self, connection: Connection, *, strict: bool = False, trigger: bool = False) -> None:
+    def __init__(
+        self, connection: Connection, *, strict: bool = False, trigger: bool = False, exclusive: bool = True
+    ) -> None:
         """`strict` adds the check that notices a driver-level rollback followed by more work, for a round
-        trip; `trigger` says that the strict constraint trigger is installed (PostgreSQL)."""
-        self._connection = connection
+        trip; `trigger` says that the strict constraint trigger is installed (PostgreSQL). `exclusive` refuses
+        threads and tasks that do not belong to the attempt; a connection of the caller's own is used as the
+        caller likes (a web framework enters a block in one thread and runs it in another)."""
+        self._connection, self._exclusive = connection, exclusive
         self._kind = kind_of(connection.dialect)
         self._in_transaction = status_reader(connection)
         self._strict, self._trigger = strict, trigger
@@ -94,7 +98,8 @@ class Guard:
 
     def hold(self) -> None:
         """The running thread or task is the one that owns the connection between attempts."""
-        _working_for.set(self)
+        if self._exclusive:
+            _working_for.set(self)
 
     def lend(self, transaction: RootTransaction, claim: Claim) -> None:
         """From here to `verify` or `take_back`, the transaction is the handler's to use and not to end."""
@@ -103,7 +108,8 @@ class Guard:
         if self._strict and self._kind in ("mysql", "mariadb"):
             self._connection.exec_driver_sql("SAVEPOINT idemq_guard")
         self._user = object()
-        _working_for.set(self._user)
+        if self._exclusive:
+            _working_for.set(self._user)
         _lent[self._connection] = self
         for namespace, shadows in self._shadows:
             namespace.update(shadows)
@@ -157,7 +163,7 @@ class Guard:
             raise BrokeTransaction("the transaction of the claim is gone") from error
 
     def _before(self, _connection: object, _cursor: object, sql: str, *_: object) -> None:
-        if _working_for.get() is not self._user:
+        if self._exclusive and _working_for.get() is not self._user:
             self._refuse("the connection was used by a thread or task that does not belong to the attempt")
         if self._user is not self:
             look = _remembered if len(sql) < _LONG else ends_transaction
@@ -195,6 +201,11 @@ class Guard:
 
 _lent: WeakKeyDictionary[Connection, Guard] = WeakKeyDictionary()
 _watched: WeakSet[Engine] = WeakSet()
+
+
+def is_lent(connection: Connection) -> bool:
+    """A guard watches the connection's transaction now."""
+    return connection in _lent
 
 
 def _watch_errors(engine: Engine) -> None:
