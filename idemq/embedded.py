@@ -18,9 +18,9 @@ from typing import Any
 from idemq import embedded_rows as rows
 from idemq.broker import Deliver
 from idemq.embedded_consumer import Subscription, wake_all
-from idemq.embedded_file import Connection, connect, errors, transaction
+from idemq.embedded_file import Connection, connect, errors, is_forked, refuse_fork, transaction
 from idemq.errors import SetupError
-from idemq.message import Message
+from idemq.message import Message, encoded
 
 
 class Embedded:
@@ -34,7 +34,7 @@ class Embedded:
         text = os.fspath(path)
         if not text or text == ":memory:" or text.startswith("file:"):
             raise SetupError(f"Embedded({text!r}): give the path of a file, which its processes can share")
-        self.name = name
+        self.name = _checked("Embedded(name=...)", name)
         self.path = Path(os.path.realpath(text))
         self._connection: Connection | None = None
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class Embedded:
     def declare(self, queue: str) -> None:
         """Make the queue, and the file, when it is missing."""
         with closing(connect(self.path, create=True)) as connection, errors(self.path):
-            rows.declare(connection, queue)
+            rows.declare(connection, _checked("a queue's name", queue))
 
     def publish(
         self,
@@ -67,6 +67,7 @@ class Embedded:
 
         What is kept is body, id, headers (JSON), content type and encoding, and sent_at (None: now).
         """
+        refuse_fork(self.path)  # before the lock, which a thread of the parent may have held
         values = [rows.row_of(message) for message in messages]
         with self._lock, errors(self.path):
             connection = self._connected()
@@ -76,12 +77,15 @@ class Embedded:
 
     def depth(self, queue: str) -> tuple[int, int]:
         """How many messages of the queue are ready, and how many are delivered and not acknowledged."""
+        refuse_fork(self.path)
         with self._lock, errors(self.path):
             connection = self._connected()
             return rows.depth(connection, rows.number_of(connection, queue))
 
     def close(self) -> None:
         """Close the connection for publishing; the next publish opens another. Subscriptions go on."""
+        if is_forked(self.path):
+            return  # the connection is the parent's
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
@@ -101,7 +105,7 @@ class Queue:
 
     def __init__(self, broker: Embedded, name: str, *, declare: bool) -> None:
         self.broker = broker
-        self.name = name
+        self.name = _checked("a queue's name", name)
         self._declare = declare
 
     @property
@@ -113,8 +117,10 @@ class Queue:
             pass
 
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
-        if prefetch < 1:
-            raise SetupError(f"consumer {consumer!r}: prefetch must be at least 1, not {prefetch}")
+        if not isinstance(prefetch, int) or prefetch < 1:
+            raise SetupError(
+                f"consumer {consumer!r}: prefetch must be a whole number from 1 up, not {prefetch!r}"
+            )
         return Subscription(
             self.connect, self.broker.path, self.name, self.broker.name, consumer, deliver, prefetch
         )
@@ -131,3 +137,9 @@ class Queue:
             connection.close()
             raise
         return connection
+
+
+def _checked(what: str, name: str) -> str:
+    if not isinstance(name, str) or not 0 < len(encoded(name)) <= 255:
+        raise SetupError(f"{what} must be a text of 1 to 255 bytes, not {name!r}")
+    return name

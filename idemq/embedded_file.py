@@ -110,8 +110,13 @@ def owners(path: Path) -> Path:
     return path.with_name(path.name + "-owners")
 
 
+def is_forked(path: Path) -> bool:
+    """Whether this process was forked from one that had the file open."""
+    return path in _forked
+
+
 def refuse_fork(path: Path) -> None:
-    if path in _forked:
+    if is_forked(path):
         raise SetupError(
             f"this process was forked while {path} was open, so it cannot use it: spawn processes instead"
             " (multiprocessing.get_context('spawn')), or close the broker before the fork"

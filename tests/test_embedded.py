@@ -163,6 +163,16 @@ def test_publishing_to_a_missing_queue_or_file_is_an_error_that_names_it(
         Embedded(tmp_path / "nowhere" / "broker.db").declare("q")
 
 
+def test_names_are_short_texts(broker: Embedded) -> None:
+    for attempt in (
+        lambda: Embedded("x.db", name=""),
+        lambda: broker.queue(""),
+        lambda: broker.declare("ü" * 128),
+    ):
+        with pytest.raises(SetupError, match="1 to 255 bytes"):
+            attempt()
+
+
 @pytest.mark.parametrize("path", ["", ":memory:", "file:x?mode=memory"])
 def test_a_path_that_processes_cannot_share_is_refused(path: str) -> None:
     with pytest.raises(SetupError, match="path of a file"):
@@ -404,6 +414,7 @@ if not child:
         lambda: embedded.publish("q", b""), lambda: embedded.depth("q"), lambda: new.publish("q", b""),
         lambda: new.declare("q"), lambda: new.queue("q").check(), lambda: subscription.close(1),
     ]))
+    embedded.close()  # without effect: the connection is the parent's
     os._exit(0 if good else 1)
 assert os.waitpid(child, 0)[1] == 0
 assert held[0].start()
