@@ -103,8 +103,11 @@ def with_connection(app: App, work: Callable[[Connection], Result]) -> Result:
     try:
         if isinstance(engine, AsyncEngine):
             return asyncio.run(_in_a_loop(engine, begun))
-        with engine.begin() as connection:
-            return begun(connection)
+        try:
+            with engine.begin() as connection:
+                return begun(connection)
+        finally:
+            engine.dispose()
     except Exception as error:
         # Before a connection is there, drivers raise errors of many kinds.
         if connected and not isinstance(error, DBAPIError):
