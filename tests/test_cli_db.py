@@ -131,11 +131,14 @@ def test_seen_tells_processed_dead_and_unknown_ids_apart(
         failure = {"pk": b"p" * 16, "consumer": number, "identity": key_of("dead"), "owns_claim": True}
         failure |= {"state": 2, "reason": "rejected", "first_at": noon, "last_at": noon}
         connection.execute(insert(failures).values(failure))
-    assert run(capsys, "seen", app, "receipts", "done")[:2] == (0, "processed at 2026-05-17 12:30:15+00:00\n")
-    dead = "not processed: rejected, since 2026-05-17 12:30:15+00:00\n"
-    assert run(capsys, "seen", app, "receipts", "dead")[:2] == (1, dead)
-    assert run(capsys, "seen", app, "receipts", "other")[:2] == (1, "not seen\n")
-    check_one_line(run(capsys, "seen", app, "ledger", "done"), 1, "no consumer 'ledger' has run")
+    when = "at 2026-05-17T12:30:15+00:00\n"
+    assert run(capsys, "seen", app, "receipts", "done")[:2] == (0, f"receipts processed 'done' {when}")
+    dead = f"receipts made 'dead' a dead letter (rejected) {when}"
+    assert run(capsys, "seen", app, "receipts", "dead")[:2] == (0, dead)
+    code, out, _ = run(capsys, "seen", app, "receipts", "other")
+    assert code == 1
+    assert out.startswith("receipts has not processed 'other'")
+    check_one_line(run(capsys, "seen", app, "ledger", "done"), 1, "no consumer named 'ledger'")
 
 
 # --- expected failures are one line, without a traceback and without the password -----------------------

@@ -25,7 +25,6 @@ root.add_typer(db.commands, name="db")
 root.command()(run.run)
 root.command()(seen.seen)
 root.command()(demo.demo)
-root.command()(seen.seen)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,52 +1,46 @@
-"""`idemq seen`: whether and when a message id was processed."""
+"""`idemq seen`: whether and when an id was processed."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, select
 
 from idemq import names, schema
 from idemq.cli.loading import AppName, Failure, load, with_connection
 from idemq.message import key_of
 
+Name = Annotated[str, typer.Argument(metavar="CONSUMER", help="The consumer's name, or one that it had.")]
+Identifier = Annotated[str, typer.Argument(metavar="ID", help="The message id, exactly as published.")]
 
-def seen(
-    app: AppName,
-    consumer: Annotated[str, typer.Argument(help="The name of the consumer.")],
-    id: Annotated[str, typer.Argument(help="The message id, as the publisher gave it.")],
-) -> None:
-    """Say whether and when a message id was processed; 1 when it was not."""
+
+def seen(app: AppName, consumer: Name, identifier: Identifier) -> None:
+    """Say whether and when a consumer processed a message id; exits with 1 when it did not."""
     loaded = load(app)
-    row = with_connection(loaded, lambda connection: _find(connection, loaded.schema, consumer, id))
-    if row is None:
-        typer.echo("not seen")
-    elif row.reason is None:
-        typer.echo(f"processed at {row.at.isoformat(sep=' ')}")
-        return
-    else:
-        typer.echo(f"not processed: {row.reason}, since {row.first_at.isoformat(sep=' ')}")
-    raise typer.Exit(1)
+    words = with_connection(loaded, lambda connection: _look(connection, loaded.schema, consumer, identifier))
+    typer.echo(words or f"{consumer} has not processed {identifier!r}, or has forgotten it")
+    if words is None:
+        raise typer.Exit(1)
 
 
-def _find(
-    connection: Connection, database_schema: str | None, consumer: str, identifier: str
-) -> Row[*tuple[Any, ...]] | None:
-    """The claim of the id, and the failure that owns it."""
+def _look(connection: Connection, database_schema: str | None, consumer: str, identifier: str) -> str | None:
     number = names.find(connection, consumer, database_schema)
     if number is None:
-        raise Failure(f"no consumer {consumer!r} has run on this database")
-    claims = schema.table("idemq_processed", database_schema)
-    failures = schema.table("idemq_failed", database_schema)
-    owner = (
-        (failures.c.consumer == claims.c.consumer)
-        & (failures.c.identity == claims.c.id)
-        & failures.c.owns_claim
-    )
-    query = (
-        select(claims.c.at, failures.c.reason, failures.c.first_at)
-        .select_from(claims.outerjoin(failures, owner))
-        .where(claims.c.consumer == number, claims.c.id == key_of(identifier))
-    )
-    return connection.execute(query).one_or_none()
+        raise Failure(f"no consumer named {consumer!r} has ever run on this database")
+    key = key_of(identifier)
+    processed = schema.table("idemq_processed", database_schema)
+    failed = schema.table("idemq_failed", database_schema)
+    claim = connection.execute(
+        select(processed.c.at, processed.c.sent_at).where(
+            processed.c.consumer == number, processed.c.id == key
+        )
+    ).first()
+    if claim is None:
+        return None
+    reason = connection.execute(
+        select(failed.c.reason).where(failed.c.consumer == number, failed.c.identity == key)
+    ).scalar()
+    what = f"made {identifier!r} a dead letter ({reason})" if reason else f"processed {identifier!r}"
+    sent = f", sent at {claim.sent_at.isoformat()}" if claim.sent_at else ""
+    return f"{consumer} {what} at {claim.at.isoformat()}{sent}"
