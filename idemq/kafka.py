@@ -20,6 +20,7 @@ from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka_connect import (
     PROTOCOLS,
     REACH_SECONDS,
+    Reading,
     missing,
     reach,
     sasl_options,
@@ -65,11 +66,11 @@ class Kafka:
             raise SetupError("Kafka(name=...) must be a text that is not empty")
         self.name = name
         self._pid: int | None = None
-        self._servers = server_list(servers)
+        self.servers = server_list(servers)
         if security_protocol not in PROTOCOLS:
             raise SetupError(f"Kafka(security_protocol=...) must be one of {', '.join(PROTOCOLS)}")
         self._options: dict[str, Any] = {
-            "bootstrap_servers": self._servers,
+            "bootstrap_servers": self.servers,
             "client_id": client_id,
             "security_protocol": security_protocol,
         }
@@ -80,7 +81,7 @@ class Kafka:
         )
 
     def __repr__(self) -> str:
-        return f"Kafka({','.join(self._servers)!r}, name={self.name!r})"
+        return f"Kafka({','.join(self.servers)!r}, name={self.name!r})"
 
     def topic(
         self,
@@ -99,8 +100,8 @@ class Kafka:
         With `declare=True` a missing topic is created, with so many `partitions` and as many copies as
         `replication` says. A process that sends no heartbeat for `session_timeout` seconds loses its
         partitions; at a rebalance, handlers get 0.6 times `rebalance_timeout` (default: the session timeout)
-        to finish. A consumer that makes no progress for `stuck_after` seconds (default: three session
-        timeouts) is built anew.
+        to finish. A consumer that makes no progress for `stuck_after` seconds (default: three times the longer of
+        the two) is built anew.
         """
         if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
             raise SetupError(f"Kafka topic {name!r}: 1 to 249 of the characters A-Z a-z 0-9 . _ -")
@@ -112,7 +113,9 @@ class Kafka:
         waits = {
             "session_timeout": session_timeout,
             "rebalance_timeout": session_timeout if rebalance_timeout is None else rebalance_timeout,
-            "stuck_after": 3 * session_timeout if stuck_after is None else stuck_after,
+            "stuck_after": 3 * max(session_timeout, rebalance_timeout or 0)
+            if stuck_after is None
+            else stuck_after,
         }
         for option, seconds in waits.items():
             if (
@@ -157,8 +160,7 @@ class Topic:
 
     @property
     def description(self) -> str:
-        servers = self.kafka.options()["bootstrap_servers"]
-        return f"topic {self.name!r} on kafka://{','.join(servers)}, group {self.group!r}"
+        return f"topic {self.name!r} on kafka://{','.join(self.kafka.servers)}, group {self.group!r}"
 
     def check(self) -> None:
         _elsewhere(self._check())
@@ -195,7 +197,6 @@ class Topic:
 
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
         from idemq.kafka_consumer import KafkaSubscription
-        from idemq.kafka_session import Reading
 
         reading = Reading(
             broker=self.kafka.name,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from idemq.errors import BrokerUnavailable, SetupError
+from idemq.errors import BrokerUnavailable, IdemqError, SetupError
 
 log = logging.getLogger("idemq.kafka")
 
@@ -17,6 +18,24 @@ MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
 _SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+)(:[0-9]{1,5})?")
 #: How long one server may take to answer when it is only asked whether it is there.
 REACH_SECONDS = 10.0
+
+
+class Stuck(IdemqError):
+    """The consumer makes no progress."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What is read, by whom, and how long things may take."""
+
+    broker: str
+    topic: str
+    group: str
+    description: str
+    options: Mapping[str, Any] = field(repr=False)  # holds the password
+    session_timeout: float
+    rebalance_timeout: float
+    stuck_after: float
 
 
 def server_list(servers: str | Sequence[str]) -> list[str]:

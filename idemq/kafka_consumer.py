@@ -17,9 +17,9 @@ from aiokafka.errors import KafkaError
 
 from idemq.broker import Deliver
 from idemq.errors import BrokerUnavailable, SetupError
-from idemq.kafka_connect import log, told
+from idemq.kafka_connect import Reading, Stuck, log, told
 from idemq.kafka_delivery import Flow
-from idemq.kafka_session import Reading, Session, Stuck
+from idemq.kafka_session import Session
 
 #: The longest pause before a consumer is built anew.
 LONGEST_PAUSE = 30.0
@@ -60,11 +60,7 @@ class KafkaSubscription:
     @property
     def connected(self) -> bool:
         session = self._session
-        return (
-            session is not None
-            and self._pid == os.getpid()
-            and monotonic() - session.sign_of_life < self._reading.session_timeout
-        )
+        return session is not None and self._pid == os.getpid() and session.connected
 
     def pause(self) -> None:
         self._flow.pause()
@@ -91,6 +87,7 @@ class KafkaSubscription:
 
     def _run(self) -> None:
         attempt = refused = 0
+        ever_joined = False
         while not self._closing.is_set():
             session = Session(self._reading, self._deliver, self._flow, self._closing)
             try:
@@ -102,9 +99,10 @@ class KafkaSubscription:
                 reason = Stuck(f"{self._reading.description}: the consumer was cancelled")
             finally:
                 self._session = self._loop = None
+            ever_joined = ever_joined or session.joined
             attempt = 0 if session.joined else attempt + 1
             refused = refused + 1 if isinstance(reason, SetupError) else 0
-            if refused and (refused >= CERTAIN_AFTER or not self._flow.ever_joined):
+            if refused and (refused >= CERTAIN_AFTER or not ever_joined):
                 self._failure = reason
                 log.error("%s: stopped: %s", self._consumer, reason)
                 return

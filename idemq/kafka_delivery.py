@@ -21,7 +21,6 @@ class Flow:
 
     def __init__(self, prefetch: int, wake: Callable[[], None]) -> None:
         self.pid = os.getpid()
-        self.ever_joined = False
         self._lock = Lock()
         self._prefetch = prefetch
         self._wake = wake

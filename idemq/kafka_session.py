@@ -1,108 +1,92 @@
 """The life of one aiokafka consumer: fetch, hand out, commit, watch; until it is closed or does not work.
 
-Within it an epoch is one assignment of a partition, and has a `Tracker`. The partitions to read from are
-named in every fetch, because aiokafka forgets what it was told to pause at the next rebalance.
+The partitions to read from are named in every fetch, because aiokafka forgets what it was told to pause at
+the next rebalance.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from threading import Event
-from time import monotonic
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import (
-    CommitFailedError,
     CorruptRecordException,
     GroupAuthorizationFailedError,
-    IllegalStateError,
     InvalidGroupIdError,
     InvalidSessionTimeoutError,
-    KafkaError,
     RecordTooLargeError,
     TopicAuthorizationFailedError,
     UnsupportedCodecError,
 )
 
 from idemq.broker import Deliver
-from idemq.errors import IdemqError, SetupError
-from idemq.kafka_connect import log, missing, reach, told
+from idemq.errors import SetupError
+from idemq.kafka_connect import Reading, Stuck, log, missing, reach, told
 from idemq.kafka_delivery import Flow, KafkaDelivery
+from idemq.kafka_epochs import Epochs
 from idemq.kafka_records import message_from, reread
+from idemq.kafka_watch import Watchdog
 from idemq.offsets import Tracker
 
 #: Records of one partition that may be delivered and not yet committed; then it waits for the oldest.
 CAP = 1_000
 #: Commit at least so often when something is finished.
 COMMIT_INTERVAL = 0.2
-#: aiokafka repeats a commit for ever; after this long the consumer is built anew.
-COMMIT_SECONDS = 10.0
 #: How long one fetch waits for records. Not a limit: during a rebalance aiokafka waits on.
 FETCH_MILLISECONDS = 200
 #: Only aiokafka's own clock for idle consumers reads this; ours is the watchdog, so it must never fire.
 NEVER_MILLISECONDS = 2**31 - 1
-#: Errors after which trying again is pointless until somebody changes something.
-_FOR_GOOD = (
-    GroupAuthorizationFailedError,
-    InvalidGroupIdError,
-    InvalidSessionTimeoutError,
-    RecordTooLargeError,
-    TopicAuthorizationFailedError,
-    UnsupportedCodecError,
-)
+#: Errors after which trying again is pointless until somebody changes something, and what that is.
+_FOR_GOOD = {
+    GroupAuthorizationFailedError: "allow this user to read in the group",
+    InvalidGroupIdError: "choose another group=...",
+    InvalidSessionTimeoutError: "choose a session_timeout=... that the broker allows (6 s and more, as shipped)",
+    RecordTooLargeError: "the server is too old to send a record above the fetch size",
+    TopicAuthorizationFailedError: "allow this user to read the topic",
+    UnsupportedCodecError: "install the compression library that it names",
+}
 
 
-class Stuck(IdemqError):
-    """The consumer makes no progress."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What is read, by whom, and how long things may take."""
-
-    broker: str
-    topic: str
-    group: str
-    description: str
-    options: Mapping[str, Any] = field(repr=False)  # holds the password
-    session_timeout: float
-    rebalance_timeout: float
-    stuck_after: float
-
-
-class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is untyped for mypy here
+class Session:
     """One consumer, from its building to its end."""
 
     def __init__(self, reading: Reading, deliver: Deliver, flow: Flow, closing: Event) -> None:
-        self.joined = False
-        self.sign_of_life = float("-inf")
         self._reading = reading
         self._deliver = deliver
         self._flow = flow
         self._closing = closing
-        self._trackers: dict[TopicPartition, Tracker] = {}
-        self._began = self._turn = self._tails_seen = monotonic()
-        self._moves: dict[TopicPartition, tuple[int, float]] = {}
-        self._broken: Exception | None = None
+        self._settled, self._finished, self._closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._watchdog: Watchdog | None = None
+        self._epochs: Epochs | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._watchdog is not None and self._watchdog.connected
+
+    @property
+    def joined(self) -> bool:
+        """It was in the group at least once."""
+        return self._epochs is not None and self._epochs.joined_at is not None
 
     async def run(self, remaining: Callable[[], float]) -> None:
         """Returns when the subscription is closed; raises when the consumer must be built anew."""
-        self._settled, self._finished, self._closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._committing = asyncio.Lock()
         await reach(dict(self._reading.options))
         self._consumer = self._build()
+        epochs = self._epochs = Epochs(self._consumer, self._reading, self._closing)
+        watchdog = self._watchdog = Watchdog(self._consumer, self._reading, epochs, self._readable)
         orderly = False
         try:
-            await self._start()
-            await self._work()
+            await self._start(epochs)
+            await self._work(epochs, watchdog)
             orderly = True
-        except _FOR_GOOD as error:
-            raise SetupError(f"{self._reading.description}: {told(error)}") from None
+        except tuple(_FOR_GOOD) as error:
+            remedy = _FOR_GOOD[type(error)]
+            raise SetupError(f"{self._reading.description}: {told(error)}; {remedy}") from None
         finally:
-            await self._leave(remaining, orderly)
+            await self._leave(epochs, remaining, orderly)
 
     def _build(self) -> AIOKafkaConsumer:
         reading = self._reading
@@ -119,20 +103,20 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
             max_poll_interval_ms=NEVER_MILLISECONDS,
         )
 
-    async def _start(self) -> None:
+    async def _start(self, epochs: Epochs) -> None:
         """Connect and subscribe; the group is joined in the background."""
         async with asyncio.timeout(self._reading.stuck_after):
             await self._consumer.start()
             # Asked for all topics the broker creates none; subscribing to a missing one may create it.
             if self._reading.topic not in await self._consumer.topics():
                 raise missing(self._reading.description)
-        self._consumer.subscribe([self._reading.topic], listener=self)
+        self._consumer.subscribe([self._reading.topic], listener=epochs)
 
-    async def _work(self) -> None:
+    async def _work(self, epochs: Epochs, watchdog: Watchdog) -> None:
         tasks = [
-            asyncio.create_task(self._fetch(), name="the fetch loop"),
-            asyncio.create_task(self._commits(), name="the commit loop"),
-            asyncio.create_task(self._watch(), name="the watchdog"),
+            asyncio.create_task(self._fetch(epochs, watchdog), name="the fetch loop"),
+            asyncio.create_task(self._commits(epochs), name="the commit loop"),
+            asyncio.create_task(watchdog.run(), name="the watchdog"),
             asyncio.create_task(self._until_closed(), name="the wait for the end"),
         ]
         try:
@@ -157,11 +141,9 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
         if self._closing.is_set():
             self._closed.set()
 
-    # ---- reading
-
-    async def _fetch(self) -> None:
+    async def _fetch(self, epochs: Epochs, watchdog: Watchdog) -> None:
         while True:
-            self._turn = monotonic()
+            watchdog.turn()
             partitions, limit = self._readable()
             if not limit:
                 await _within(self._settled, 0.05)
@@ -171,9 +153,11 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
                     *partitions, timeout_ms=FETCH_MILLISECONDS, max_records=limit
                 )
             except (CorruptRecordException, UnicodeDecodeError) as error:
-                found = await self._get_past(error, partitions, limit)
-            self._hand_out(found)
-            await self._see_tails()
+                found = await self._get_past(epochs, error, partitions, limit)
+            if found:
+                watchdog.heard()
+                self._hand_out(epochs, found)
+            await epochs.see_tails()
 
     def _readable(self) -> tuple[Sequence[TopicPartition], int]:
         """The partitions to read from (none: whichever will be assigned) and how many records at most."""
@@ -181,208 +165,80 @@ class Session(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is u
         assigned = self._consumer.assignment()
         if not assigned:
             return (), min(room, CAP)
-        left = {partition: CAP - self._tracker(partition).uncommitted for partition in assigned}
+        left = {partition: CAP - self._uncommitted(partition) for partition in assigned}
         open_ = {partition: records for partition, records in left.items() if records > 0}
         return tuple(open_), min(room, *open_.values()) if open_ else 0
 
-    def _tracker(self, partition: TopicPartition) -> Tracker:
-        """The partition's epoch. Records can come before the listener hears of the assignment."""
-        return self._trackers.setdefault(partition, Tracker())
+    def _uncommitted(self, partition: TopicPartition) -> int:
+        tracker = self._epochs.get(partition) if self._epochs is not None else None
+        return tracker.uncommitted if tracker is not None else 0
 
-    def _hand_out(self, found: Mapping[TopicPartition, Sequence[Any]]) -> None:
-        if not self._flow.hand_out(sum(map(len, found.values()))):
+    def _hand_out(self, epochs: Epochs, found: Mapping[TopicPartition, Sequence[Any]]) -> None:
+        if not self._flow.hand_out(sum(map(len, found.values()))):  # paused meanwhile
             for partition, records in found.items():
                 self._consumer.seek(partition, records[0].offset)
             return
         deliveries = []
         for partition, records in found.items():
-            tracker = self._tracker(partition)
-            if tracker.next_offset is not None and records[0].offset < tracker.next_offset:
-                tracker.end()  # the topic was deleted and made anew
-                tracker = self._trackers[partition] = Tracker()
-            tracker.delivered([record.offset for record in records])
+            tracker = epochs.delivered(partition, [record.offset for record in records])
             deliveries += [
                 KafkaDelivery(message_from(record, self._reading.broker), tracker, record.offset, self._flow)
                 for record in records
             ]
-        if deliveries:
-            self.sign_of_life = monotonic()
-            try:
-                self._deliver(deliveries)
-            except BaseException:
-                for delivery in deliveries:
-                    delivery.drop()
-                raise
+        try:
+            self._deliver(deliveries)
+        except BaseException:
+            for delivery in deliveries:
+                delivery.drop()
+            raise
 
     async def _get_past(
-        self, error: Exception, partitions: Sequence[TopicPartition], limit: int
+        self, epochs: Epochs, error: Exception, partitions: Sequence[TopicPartition], limit: int
     ) -> Mapping[TopicPartition, Sequence[Any]]:
         """The records at the place where aiokafka's decoder failed, read leniently.
 
         The failed fetch may have moved positions past records that it then lost, so all are set back first.
+        Where that is not possible (a rebalance came between), the error stands and the consumer is built anew.
         """
         log.debug("%s: %s", self._reading.description, told(error))
-        epochs = dict(self._trackers)
-        for partition in partitions or self._consumer.assignment():
-            await self._set_back(partition)
-        for partition in partitions or self._consumer.assignment():
-            position = await self._consumer.position(partition)
+        starts = {partition: epochs.get(partition) for partition in partitions or self._consumer.assignment()}
+        if None in starts.values():
+            raise error
+        for partition, tracker in starts.items():
+            await self._set_back(partition, tracker)
+        for partition, tracker in starts.items():
+            position = await epochs.position(partition)
+            if position is None:
+                continue
             records, after = await reread(self._consumer, partition, position, limit)
-            if records and self._trackers.get(partition) is epochs.get(partition):
+            if epochs.get(partition) is not tracker:
+                break
+            if records:
                 self._consumer.seek(partition, after)
                 return {partition: records}
         raise error
 
-    async def _set_back(self, partition: TopicPartition) -> None:
-        tracker = self._tracker(partition)
-        position = tracker.next_offset
+    async def _set_back(self, partition: TopicPartition, tracker: Tracker | None) -> None:
+        """To the record after the last that was delivered, else to where the assignment began."""
+        position = tracker.next_offset if tracker is not None else None
         if position is None:
             position = await self._consumer.committed(partition)
         if position is None:
             await self._consumer.seek_to_beginning(partition)
-        elif self._trackers.get(partition) is tracker:
+        else:
             self._consumer.seek(partition, position)
 
-    async def _see_tails(self) -> None:
-        """Pass what holds no records for us: control records, aborted transactions, compacted offsets.
-
-        Right only here: nothing else reads, so what the positions have passed is in the trackers.
-        """
-        if monotonic() - self._tails_seen < COMMIT_INTERVAL:
-            return
-        self._tails_seen = monotonic()
-        for partition, tracker in list(self._trackers.items()):
-            if tracker.unfinished:
-                continue
-            position = await self._position(partition)
-            if position is not None and self._trackers.get(partition) is tracker:
-                tracker.skipped_to(position)
-
-    async def _position(self, partition: TopicPartition) -> int | None:
-        """Where the partition is read next; None while aiokafka does not know."""
-        try:
-            async with asyncio.timeout(0.2):
-                return int(await self._consumer.position(partition))
-        except (TimeoutError, IllegalStateError):
-            return None
-
-    # ---- committing
-
-    async def _commits(self) -> None:
+    async def _commits(self, epochs: Epochs) -> None:
         while True:
             await _within(self._finished, COMMIT_INTERVAL)
             self._flow.committing()
-            await self._commit()
+            await epochs.commit()
 
-    async def _commit(self, metadata: str = "") -> None:
-        """Commit what is finished, one commit at a time. The group's refusal only announces a rebalance."""
-        async with self._committing:
-            offsets = {
-                partition: (position, metadata)
-                for partition, tracker in self._trackers.items()
-                if (position := tracker.committable()) is not None
-            }
-            if not offsets:
-                return
-            trackers = {partition: self._trackers[partition] for partition in offsets}
-            try:
-                async with asyncio.timeout(COMMIT_SECONDS):
-                    await self._consumer.commit(offsets)
-            except (CommitFailedError, IllegalStateError) as error:
-                log.debug("%s: %s", self._reading.description, told(error))
-                return
-            except TimeoutError:
-                raise Stuck(
-                    f"{self._reading.description}: a commit got no answer in {COMMIT_SECONDS} s"
-                ) from None
-            for partition, (position, _) in offsets.items():
-                trackers[partition].committed(position)
-
-    # ---- assignments
-
-    async def on_partitions_revoked(self, revoked: object) -> None:
-        """All partitions, whatever is named: aiokafka knows only the eager protocol."""
-        try:
-            async with asyncio.timeout(0.9 * self._reading.rebalance_timeout):
-                await self._drain(0.6 * self._reading.rebalance_timeout)
-                await self._commit()
-        except Exception as error:  # aiokafka would log it and go on
-            self._broken = error
-        finally:
-            self._end_epochs()
-
-    async def _drain(self, seconds: float) -> None:
-        """Let nothing more be started, and wait a while for what is."""
-        until = monotonic() + seconds
-        for tracker in self._trackers.values():
-            tracker.stop_starting()
-        while monotonic() < until and not self._closing.is_set():
-            if not any(tracker.running for tracker in self._trackers.values()):
-                return
-            await asyncio.sleep(0.01)
-
-    def _end_epochs(self) -> None:
-        for tracker in self._trackers.values():
-            tracker.end()
-        self._trackers.clear()
-        self._moves.clear()
-
-    def on_partitions_assigned(self, assigned: Sequence[TopicPartition]) -> None:
-        for partition in assigned:
-            self._tracker(partition)
-        self.joined = self._flow.ever_joined = True
-        self.sign_of_life = monotonic()
-
-    # ---- watching
-
-    async def _watch(self) -> None:
-        """Raise when the consumer is broken or makes no progress: aiokafka does not always notice."""
-        interval = min(3.0, self._reading.session_timeout / 3)
-        while True:
-            await asyncio.sleep(interval)
-            # Private, but otherwise errors are told only to one who fetches, and at times nobody does.
-            self._consumer._coordinator.check_errors()
-            if self._broken is not None:
-                raise self._broken
-            if monotonic() - self._turn > self._reading.stuck_after:
-                raise Stuck(f"{self._reading.description}: no progress for {self._reading.stuck_after} s")
-            await self._probe(interval)
-
-    async def _probe(self, seconds: float) -> None:
-        """Ask for the ends of our partitions: a sign of life, and whether records lie there unread."""
-        partitions = self._consumer.assignment()
-        try:
-            async with asyncio.timeout(seconds):
-                ends = await self._consumer.end_offsets(partitions)
-        except (KafkaError, TimeoutError):
-            if monotonic() - max(self.sign_of_life, self._began) > self._reading.stuck_after:
-                raise Stuck(f"{self._reading.description}: the cluster does not answer") from None
-            return
-        if self.joined:
-            self.sign_of_life = monotonic()
-        open_, room = self._readable()
-        for partition, end in ends.items():
-            position = await self._position(partition)
-            if position is not None:
-                waits = not room or partition not in open_ or position >= end
-                self._see_move(partition, position, waits)
-
-    def _see_move(self, partition: TopicPartition, position: int, waits: bool) -> None:
-        before, since = self._moves.get(partition, (None, 0.0))
-        if waits or position != before:
-            self._moves[partition] = (position, monotonic())
-        elif monotonic() - since > self._reading.stuck_after:
-            raise Stuck(
-                f"{self._reading.description}: records of partition {partition.partition} do not come"
-            )
-
-    # ---- the end
-
-    async def _leave(self, remaining: Callable[[], float], orderly: bool) -> None:
+    async def _leave(self, epochs: Epochs, remaining: Callable[[], float], orderly: bool) -> None:
         """Commit what is finished, if all is well, and leave the group; in bounded time."""
         if orderly:
-            await self._tried(self._commit(), remaining() / 2)
-        self._end_epochs()
+            await self._tried(epochs.commit(), remaining() / 2)
+        epochs.end()
         if not await self._tried(self._consumer.stop(), remaining()):
             # stop() closes the connections last, so they are still open.
             await self._tried(self._consumer._client.close(), 1.0)

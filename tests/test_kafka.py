@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from aiokafka.errors import KafkaError
 
-from idemq import kafka_session
+from idemq import kafka_epochs
 from idemq.broker import Delivery, Subscription
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka import Kafka, Topic
 from idemq.kafka_consumer import KafkaSubscription
+from idemq.kafka_session import Session
 from idemq.message import Message
 from tests import kafka_tools as tools
 from tests.servers import Unavailable, eventually, free_port, required
@@ -193,6 +194,13 @@ def test_a_missing_topic_is_named_with_its_remedy_and_not_created(kafka_servers:
         assert isinstance(subscription.failure, SetupError)
         assert not subscription.connected
     assert unique not in tools.topics(kafka_servers)
+
+
+def test_a_session_timeout_that_the_broker_refuses_is_told(kafka_servers: str, unique: str) -> None:
+    tools.create_topic(kafka_servers, unique)
+    with reading(source(kafka_servers, unique, session_timeout=80_000), Inbox()) as subscription:
+        eventually(lambda: subscription.failure, what="the failure")
+        assert "session_timeout=" in str(subscription.failure)
 
 
 def test_a_declared_topic_is_created_once(kafka_servers: str, unique: str) -> None:
@@ -576,7 +584,7 @@ def test_a_stuck_consumer_is_built_anew(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(kafka_session, "COMMIT_SECONDS", 1.0)
+    monkeypatch.setattr(kafka_epochs, "COMMIT_SECONDS", 1.0)
     tools.create_topic(own.servers, unique)
     tools.produce(own.servers, unique, [b"one"])
     inbox = Inbox(finish)
@@ -585,7 +593,7 @@ def test_a_stuck_consumer_is_built_anew(
     async def hang(*args: object, **options: object) -> None:
         await asyncio.Event().wait()
 
-    def harm(session: kafka_session.Session) -> None:
+    def harm(session: Session) -> None:
         """On the loop of the consumer: what a bug or a lost packet would do."""
         if fault == "cancelled":
             next(task for task in asyncio.all_tasks() if task.get_name() == "the fetch loop").cancel()
