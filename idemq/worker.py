@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from tenacity import RetryCallState, Retrying, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, wait_exponential, wait_random
 
 from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.bridge import Clock, EventLoop, Tasks, Threads
@@ -27,7 +27,7 @@ from idemq.process import Consumer
 log = logging.getLogger("idemq.worker")
 
 #: How long a released delivery rests before it is tried again, in seconds.
-PAUSE = wait_exponential_jitter(initial=0.1, max=30, exp_base=2, jitter=0.1)
+PAUSE = wait_exponential(multiplier=0.1, max=30) + wait_random(0, 0.1)
 #: Seconds between two lines about a consumer's progress.
 REPORT_EVERY = 60.0
 

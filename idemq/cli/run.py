@@ -17,7 +17,8 @@ from tenacity import (
     Retrying,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from idemq import migrate, names
@@ -130,7 +131,7 @@ def _patiently(call: Callable[[], Result]) -> Result:
     """Until the server answers; one line each time that it does not."""
     return Retrying(
         retry=retry_if_exception_type((Unreachable, BrokerUnavailable)),
-        wait=wait_exponential_jitter(initial=0.5, max=15),
+        wait=wait_exponential(multiplier=0.5, max=15) + wait_random(0, 1),
         before_sleep=lambda state: log.warning(
             "%s; tried again", state.outcome and state.outcome.exception()
         ),
