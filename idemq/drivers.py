@@ -31,6 +31,9 @@ DRIVERS: dict[tuple[str, str], tuple[str, str, str]] = {
 ASYNC = frozenset({"asyncpg", "asyncmy", "aiosqlite", "psycopg"})
 SYNC = frozenset({"psycopg", "pymysql", "pysqlite"})
 
+#: SERVER_STATUS_IN_TRANS of the MySQL protocol.
+_IN_TRANSACTION = 1
+
 _DEFAULT = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql", "sqlite": "pysqlite"}
 
 
@@ -127,7 +130,37 @@ def status_reader(connection: Connection) -> Callable[[], bool]:
     if driver == "asyncpg":
         return lambda: bool(raw.is_in_transaction())
     if driver == "pymysql":
-        return lambda: bool(raw.server_status & 1)
+        return lambda: bool(raw.server_status & _IN_TRANSACTION)
     if driver == "asyncmy":
         return lambda: bool(raw.get_transaction_status())
     return lambda: bool(raw.in_transaction)
+
+
+def note_transaction(connection: Connection) -> None:
+    """Tell the driver of the transaction that the claim has begun.
+
+    PyMySQL reads its status from answers without rows only, and MariaDB's claim answers with a row: a handler
+    that only reads, or inserts with RETURNING, would leave the status of the transaction before.
+    """
+    if connection.dialect.driver == "pymysql":
+        raw: Any = connection.connection.driver_connection
+        raw.server_status |= _IN_TRANSACTION
+
+
+def refuse_autocommit(connection: Connection) -> None:
+    """Raise `SetupError` when the driver commits every statement by itself, or never commits when told to."""
+    raw: Any = connection.connection.driver_connection
+    driver = connection.dialect.driver
+    if driver in ("pymysql", "asyncmy"):
+        by_itself = bool(raw.get_autocommit())
+    elif driver == "asyncpg":
+        adapter: Any = connection.connection.dbapi_connection
+        by_itself = adapter.isolation_level == "autocommit"
+    else:
+        raw = getattr(raw, "_conn", raw) if driver == "aiosqlite" else raw
+        by_itself = getattr(raw, "autocommit", False) is True
+    if by_itself:
+        raise SetupError(
+            "the database driver is in autocommit mode: claim and work would not commit together; "
+            "take autocommit out of connect_args"
+        )

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import ExceptionContext, RootTransaction
 from sqlalchemy.exc import DBAPIError
 
-from idemq.drivers import error_code, kind_of, status_reader
+from idemq.drivers import error_code, kind_of, note_transaction, status_reader
 from idemq.errors import BrokeTransaction
 from idemq.ledger import Claim
 
@@ -105,6 +105,7 @@ class Guard:
         """From here to `verify` or `take_back`, the transaction is the handler's to use and not to end."""
         self._broken = self._suspect = None
         self._transaction, self._claim = transaction, claim
+        note_transaction(self._connection)
         if self._strict and self._kind in ("mysql", "mariadb"):
             self._connection.exec_driver_sql("SAVEPOINT idemq_guard")
         self._user = object()

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
 from idemq import schema
-from idemq.drivers import error_code, is_lock_timeout, kind_of
+from idemq.drivers import error_code, is_lock_timeout, kind_of, refuse_autocommit
 from idemq.errors import InFlight
 
 #: Seconds that a repeat waits for its twin in flight when nothing else is said.
@@ -134,10 +134,23 @@ class Ledger:
             self._insert = self._statement(dialect, sql, token=LargeBinary(8), **_TYPES)
             look += "" if self.kind == "sqlite" else " LOCK IN SHARE MODE"
         self._look = self._statement(dialect, look, consumer=Integer(), id=schema.Key())
+        probe = "SELECT 1 FROM {processed} FORCE INDEX (PRIMARY) WHERE id = '' AND consumer = 0"
+        self._probe = self._statement(dialect, probe) if self.kind in ("mysql", "mariadb") else None
 
     def _statement(self, dialect: Dialect, sql: str, **types: TypeEngine[Any]) -> Statement:
         whole_seconds = max(1, math.ceil(self._wait))
         return Statement(dialect, sql.format(processed=self.processed, wait=whole_seconds).strip(), **types)
+
+    def check(self, connection: Connection) -> None:
+        """To be called once for a connection, outside a transaction: raises when claims on it prove nothing.
+
+        Without the primary key, the claim itself fails on PostgreSQL and SQLite; on MySQL and MariaDB it
+        would make every repeat fresh, and a statement that needs the key fails in its place.
+        """
+        refuse_autocommit(connection)
+        if self._probe is not None:
+            with connection.begin():
+                self._probe.execute(connection)
 
     def claim(
         self,

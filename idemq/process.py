@@ -70,6 +70,7 @@ class Unit:
         self.connection = connection
         self._consumer, self._number = consumer, number
         self._ledger = Ledger(connection.dialect, consumer.schema, consumer.wait)
+        self._ledger.check(connection)
         self._guard = Guard(connection, strict=consumer.strict, trigger=trigger)
         self._trigger = trigger
         self._transaction: RootTransaction | None = None
