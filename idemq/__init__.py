@@ -14,6 +14,7 @@ from idemq.errors import (
     SetupError,
 )
 from idemq.message import Message
+from idemq.once import claim, once
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,6 @@ __all__ = [
     "Reject",
     "SchemaError",
     "SetupError",
+    "claim",
+    "once",
 ]

@@ -1,0 +1,172 @@
+"""A guarded block in a transaction that is not a handler's: claim, work, flush, guard, permission to commit.
+
+Guaranteed: `Block.finish` returns only when claim and work are together in one open transaction, ready for
+the COMMIT of whoever owns it; in every other case nothing of either is left in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import ColumnElement, Connection, Engine, select, update
+
+from idemq import names, schema
+from idemq.drivers import kind_of
+from idemq.errors import BrokeTransaction, Conflict, SetupError
+from idemq.guard import Guard, is_lent
+from idemq.ledger import Claim, Ledger
+from idemq.message import Message, encoded, fingerprint_of, key_of, message_id
+from idemq.scopes import Scope
+
+Id = str | UUID | int
+Body = bytes | str | None
+
+_BODILESS = Message(body=None)
+_ledgers: WeakKeyDictionary[Engine, dict[tuple[str | None, float], Ledger]] = WeakKeyDictionary()
+_triggers: WeakKeyDictionary[Engine, dict[str | None, bool]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Whose claim of what, and how."""
+
+    consumer: str
+    key: bytes
+    fingerprint: int | None
+    wait: float
+    schema: str | None
+    strict: bool = False
+
+
+def request_of(
+    consumer: str, identifier: Id, body: Body, wait: float, schema: str | None, strict: bool
+) -> Request:
+    """Raises `NoId` for an empty or overlong id."""
+    if not consumer or len(consumer.encode()) > 200:
+        raise SetupError(f"consumer {consumer!r}: a name has 1 to 200 bytes")
+    if not 0.001 <= wait <= 3600:
+        raise SetupError(f"consumer {consumer!r}: wait={wait} must be from 0.001 to 3600 seconds")
+    key = key_of(message_id(_BODILESS, lambda _: identifier))  # type: ignore[arg-type]  # ints too
+    content = encoded(body) if isinstance(body, str) else body
+    fingerprint = None if content is None else fingerprint_of(content)
+    return Request(consumer, key, fingerprint, wait, schema, strict)
+
+
+class Block:
+    """The claim, and then the guarded work of one `once`, on a sync Connection."""
+
+    def __init__(self, scope: Scope, request: Request, number: int | None = None) -> None:
+        """Claims. Raises `Conflict` and `InFlight`; nothing of the block is left then.
+
+        `number` is the consumer's, where it is known; else it is looked up in this transaction.
+        """
+        self._scope, self._request = scope, request
+        self._guard: Guard | None = None
+        connection = scope.connection
+        try:
+            self.number = number or names.number_of(connection, request.consumer, request.schema)
+            self.claim = claim_in(connection, request, self.number)
+            self.fresh = self.claim.state == "fresh"
+            #: What an earlier call stored as its result.
+            self.stored: bytes | None = None
+            if self.fresh:
+                self._watch(connection)
+            else:
+                self.stored = self._first_result()
+                self._release()
+                scope.undo()  # it holds locks, and the claim's bound on waiting
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def _watch(self, connection: Connection) -> None:
+        if is_lent(connection):  # inside another block or a handler, whose guard refuses the same things
+            return
+        trigger = has_trigger(connection, self._request.schema)
+        if trigger:  # what an earlier block of this transaction was permitted counts no more
+            connection.exec_driver_sql("SELECT set_config('idemq.done', '', true)")
+        self._guard = Guard(connection, strict=self._request.strict, trigger=trigger, exclusive=False)
+        self._guard.lend(self._scope.root, self.claim)
+
+    def finish(self, result: bytes | None) -> None:
+        """The block has ended well. Raises `BrokeTransaction` when claim and work are not together."""
+        scope = self._scope
+        try:
+            if scope.broken is None:
+                scope.flush()
+            if self._guard is not None:
+                self._guard.verify()
+            if scope.broken is not None or not scope.intact:
+                raise BrokeTransaction(scope.broken or "the block ended the transaction that it was in")
+            if result is not None:
+                self._store(result)
+            self._release()
+            scope.keep()
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Undo claim and work together; after a breach the whole transaction. Raises nothing of its own."""
+        self._release()
+        try:
+            if self._scope.broken is None and not isinstance(error, BrokeTransaction):
+                self._scope.undo()
+                return
+        except Exception:
+            pass  # the block's own savepoint is gone
+        try:
+            self._scope.undo_all()
+        except Exception:
+            pass  # the connection is gone, and the server rolls back
+
+    def _release(self) -> None:
+        if self._guard is not None:
+            self._guard.end()
+            self._guard = None
+        self._scope.release()
+
+    def _first_result(self) -> bytes | None:
+        connection = self._scope.connection
+        table = schema.table("idemq_processed", self._request.schema)
+        query = select(table.c.result).where(*self._row())
+        if kind_of(connection.dialect) in ("mysql", "mariadb"):
+            query = query.with_for_update(read=True)  # a plain read could answer from an older snapshot
+        return connection.execute(query).scalar_one_or_none()
+
+    def _store(self, result: bytes) -> None:
+        table = schema.table("idemq_processed", self._request.schema)
+        statement = update(table).where(*self._row()).values(result=result)
+        if self._scope.connection.execute(statement).rowcount != 1:  # of an UPDATE
+            raise BrokeTransaction("the row of the claim is gone")
+
+    def _row(self) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+        table = schema.table("idemq_processed", self._request.schema)
+        return table.c.consumer == self.number, table.c.id == self._request.key
+
+
+def claim_in(connection: Connection, request: Request, number: int) -> Claim:
+    """Claim in the connection's transaction. Raises `Conflict` and `InFlight`."""
+    ledgers = _ledgers.setdefault(connection.engine, {})
+    ledger = ledgers.get((request.schema, request.wait))
+    if ledger is None:
+        ledger = Ledger(connection.dialect, request.schema, request.wait)
+        ledgers[request.schema, request.wait] = ledger
+    claim = ledger.claim(connection, number, request.key, request.fingerprint, None)
+    if claim.state == "conflict":
+        raise Conflict
+    return claim
+
+
+def has_trigger(connection: Connection, database_schema: str | None) -> bool:
+    """The strict trigger is installed; asked once for each engine."""
+    if connection.dialect.name != "postgresql":
+        return False
+    known = _triggers.setdefault(connection.engine, {})
+    if database_schema not in known:
+        from idemq.migrate import has_strict  # Alembic takes a while to import
+
+        known[database_schema] = has_strict(connection, database_schema)
+    return known[database_schema]

@@ -1,0 +1,288 @@
+"""The guarantee without the App, anywhere a message id is at hand.
+
+    with once(engine, "receipts", message_id, body=body) as work:
+        if work.fresh:
+            work.session.add(Receipt(...))
+    message.ack()
+
+What comes after the block is reached only when claim and work are committed (given an engine), or are
+together in the caller's own transaction, which the caller then commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
+from typing import Any, overload
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Connection, Engine, StaticPool
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from idemq import names
+from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, request_of
+from idemq.bridge import uninterrupted
+from idemq.drivers import is_transient
+from idemq.errors import SetupError
+from idemq.ledger import WAIT
+from idemq.process import allow_commit
+from idemq.scopes import ConnectionScope, Scope, SessionScope, begin
+from idemq.work import AsyncEngineWork, EngineWork, Work
+
+_numbers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
+
+
+_Borrowed = Session | scoped_session[Any] | Connection
+_AsyncBorrowed = AsyncSession | async_scoped_session[Any] | AsyncConnection
+
+
+@overload
+def once(
+    target: Engine,
+    consumer: str,
+    message_id: Id,
+    *,
+    body: Body = None,
+    wait: float = WAIT,
+    schema: str | None = None,
+    strict: bool = False,
+) -> AbstractContextManager[EngineWork]: ...
+@overload
+def once(
+    target: AsyncEngine,
+    consumer: str,
+    message_id: Id,
+    *,
+    body: Body = None,
+    wait: float = WAIT,
+    schema: str | None = None,
+    strict: bool = False,
+) -> AbstractAsyncContextManager[AsyncEngineWork]: ...
+@overload
+def once(
+    target: _Borrowed,
+    consumer: str,
+    message_id: Id,
+    *,
+    body: Body = None,
+    wait: float = WAIT,
+    schema: str | None = None,
+    strict: bool = False,
+) -> AbstractContextManager[Work]: ...
+@overload
+def once(
+    target: _AsyncBorrowed,
+    consumer: str,
+    message_id: Id,
+    *,
+    body: Body = None,
+    wait: float = WAIT,
+    schema: str | None = None,
+    strict: bool = False,
+) -> AbstractAsyncContextManager[Work]: ...
+def once(
+    target: Engine | AsyncEngine | _Borrowed | _AsyncBorrowed,
+    consumer: str,
+    message_id: Id,
+    *,
+    body: Body = None,
+    wait: float = WAIT,
+    schema: str | None = None,
+    strict: bool = False,
+) -> AbstractContextManager[Work] | AbstractAsyncContextManager[Work]:
+    """A block whose work is done once for each (consumer, message id): `work.fresh` says whether now.
+
+    Given an Engine it owns a transaction: `work.session` or `work.connection` is where the work goes, and
+    leaving the block commits. Given a Session or Connection it works in the caller's transaction, in a
+    savepoint where one is open already; it is checked there and never committed: that is the caller's, after
+    the block. An exception undoes claim and work together, and so does every attempt to end the transaction
+    inside the block (`BrokeTransaction`).
+
+    `consumer` scopes the ids. `body` tells a repeat from another message with the same id, which raises
+    `Conflict`; None compares nothing. A twin in flight is waited for, `wait` seconds at most, then `InFlight`
+    is raised. `schema` is the database schema of idemq's tables. `strict` notices also a rollback through the
+    driver that is followed by more work, for one more round trip.
+
+    Any exception means: do not acknowledge. When the reply to COMMIT was lost, nobody knows what happened;
+    the next delivery's block finds out.
+    """
+    request = request_of(consumer, message_id, body, wait, schema, strict)
+    if isinstance(target, scoped_session | async_scoped_session):
+        target = target()
+    match target:
+        case Engine():
+            return _on_engine(target, request)
+        case AsyncEngine():
+            return _on_async_engine(target, request)
+        case Session() | Connection():
+            return _inside(target, request)
+        case AsyncSession() | AsyncConnection():
+            return _inside_async(target, request)
+    raise SetupError(
+        f"once(): {type(target).__name__} is no Engine, Session or Connection of SQLAlchemy, sync or async"
+    )
+
+
+def claim(
+    connection: Connection,
+    consumer: str,
+    message_id: Id,
+    *,
+    body: Body = None,
+    wait: float = WAIT,
+    schema: str | None = None,
+) -> bool:
+    """Record the id in the connection's transaction: True when it is new, False when it was there already.
+
+    Raises `Conflict` and `InFlight` like `once`, and leaves the transaction as it was then. For an
+    AsyncConnection: `await connection.run_sync(claim, ...)`.
+
+    It cannot see what comes after it. Prefer `once`, unless the work cannot be put into a block: a commit too
+    early, a rollback, a database error that was swallowed (PostgreSQL then answers COMMIT with a rollback and
+    raises nothing), DDL on MySQL, another connection; after all of them idemq says True once and the work may
+    be lost. Where the strict trigger is installed, the permission to commit is given at once.
+    """
+    request = request_of(consumer, message_id, body, wait, schema, False)
+    if not isinstance(connection, Connection):
+        raise SetupError(
+            f"claim() takes a sync Connection, not {type(connection).__name__}; of a Session give "
+            "session.connection(), and call it through run_sync on async ones"
+        )
+    scope = ConnectionScope(connection)
+    scope.release()
+    try:
+        number = names.number_of(connection, consumer, schema)
+        fresh = claim_in(connection, request, number).state == "fresh"
+        if fresh and has_trigger(connection, schema):
+            allow_commit(connection)
+    except BaseException:
+        scope.undo()
+        raise
+    if fresh:
+        scope.keep()
+    else:
+        scope.undo()
+    return fresh
+
+
+@contextmanager
+def _inside(target: Session | Connection, request: Request) -> Iterator[Work]:
+    block = Block(_scope(target), request)
+    work = Work(block)
+    try:
+        yield work
+    except BaseException as error:
+        _leave(block, work, error)
+        raise
+    _leave(block, work, None)
+
+
+@asynccontextmanager
+async def _inside_async(target: AsyncSession | AsyncConnection, request: Request) -> AsyncIterator[Work]:
+    block = await target.run_sync(lambda sync: Block(_scope(sync), request))
+    work = Work(block)
+    try:
+        yield work
+    except BaseException as error:
+        failure = error
+        await uninterrupted(target.run_sync(lambda _: _leave(block, work, failure)))
+        raise
+    await uninterrupted(target.run_sync(lambda _: _leave(block, work, None)))
+
+
+def _scope(target: Session | Connection) -> Scope:
+    return SessionScope(target) if isinstance(target, Session) else ConnectionScope(target)
+
+
+def _leave(block: Block, work: Work, error: BaseException | None) -> None:
+    result = work.close()
+    if block.fresh:
+        if error is None:
+            block.finish(result)
+        else:
+            block.fail(error)
+
+
+@contextmanager
+def _on_engine(engine: Engine, request: Request) -> Iterator[EngineWork]:
+    _refuse_shared(engine)
+    with engine.connect() as connection:
+        block, scope = _open(connection, request)
+        work = EngineWork(block, scope)
+        if not work.fresh:
+            connection.close()  # nobody waits for a connection while the answer is made
+        try:
+            yield work
+        except BaseException as error:
+            _leave(block, work, error)
+            raise
+        _commit(block, work, scope)
+
+
+@asynccontextmanager
+async def _on_async_engine(engine: AsyncEngine, request: Request) -> AsyncIterator[AsyncEngineWork]:
+    _refuse_shared(engine.sync_engine)
+    async with engine.connect() as connection:
+        block, scope = await connection.run_sync(_open, request)
+        work = AsyncEngineWork(block, scope, connection)
+        if not work.fresh:
+            await connection.close()
+        try:
+            yield work
+        except BaseException as error:
+            failure = error
+            if work.fresh:
+                await uninterrupted(connection.run_sync(lambda _: _leave(block, work, failure)))
+            raise
+        if work.fresh:
+            await uninterrupted(connection.run_sync(lambda _: _commit(block, work, scope)))
+
+
+def _refuse_shared(engine: Engine) -> None:
+    if isinstance(engine.pool, StaticPool):
+        raise SetupError("once(engine): a StaticPool gives all threads one transaction; use another pool")
+
+
+def _open(connection: Connection, request: Request) -> tuple[Block, ConnectionScope]:
+    number = _registered(connection, request)
+    scope = ConnectionScope(connection)
+    return Block(scope, request, number), scope
+
+
+def _commit(block: Block, work: Work, scope: ConnectionScope) -> None:
+    _leave(block, work, None)
+    if not work.fresh:
+        return
+    try:
+        scope.root.commit()
+    except BaseException:
+        scope.undo_all()  # a doubt: the connection is not used again, whatever it is about
+        raise
+    if scope.session is not None:
+        scope.session.close()
+
+
+def _registered(connection: Connection, request: Request) -> int:
+    """The consumer's number, known to be committed: new names get a transaction of their own."""
+    numbers = _numbers.setdefault(connection.engine, {})
+    name = (request.schema, request.consumer)
+    for tries in range(5):
+        if name in numbers:
+            break
+        begin(connection)
+        try:
+            number = names.register(connection, request.consumer, (), request.schema)
+            connection.commit()
+            numbers[name] = number
+        except DBAPIError as error:  # somebody else registers it at the same time
+            connection.rollback()
+            if tries == 4 or not (isinstance(error, IntegrityError) or is_transient(error)):
+                raise
+    return numbers[name]

@@ -1,0 +1,206 @@
+"""The part of a transaction in which a block runs, on a Connection or a Session that is not idemq's.
+
+A scope opens a savepoint where a transaction is open already, refuses the commit of what is around it, and
+undoes either itself or, after a breach, the whole transaction.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import RootTransaction
+from sqlalchemy.orm import Session
+
+from idemq.drivers import kind_of, status_reader
+from idemq.errors import BrokeTransaction, SetupError
+
+
+class Scope(Protocol):
+    """The part of a transaction in which a block runs: a savepoint, or the whole transaction."""
+
+    connection: Connection
+    root: RootTransaction
+    #: What the block did to the transaction that it may not do; sticky.
+    broken: str | None
+
+    @property
+    def intact(self) -> bool: ...
+    def flush(self) -> None: ...
+    def release(self) -> None:
+        """Stop watching; the caller may do as it likes."""
+
+    def keep(self) -> None:
+        """The block's work becomes part of the transaction around it."""
+
+    def undo(self) -> None:
+        """Nothing of the block stays. May raise when the block had ended its own savepoint."""
+
+    def undo_all(self) -> None:
+        """Nothing of the whole transaction stays, whatever state it is in."""
+
+
+class ConnectionScope:
+    """A block on a Connection; `session`, when there is one, is bound to it and ends with the block."""
+
+    def __init__(self, connection: Connection, session: Session | None = None) -> None:
+        inside = connection.in_transaction()
+        self.connection, self.session = connection, session
+        self.broken: str | None = None
+        try:
+            begin(connection)
+            self._savepoint = connection.begin_nested() if inside else None
+        except BaseException:
+            if not inside:
+                connection.rollback()
+            raise
+        self.root = _root(connection)
+        event.listen(connection, "commit", self._refuse)
+
+    def _refuse(self, _connection: Connection) -> None:
+        # SQLAlchemy gives its transaction up when this raises, but the driver stays in it: see `undo_all`.
+        self.broken = "the block may not commit the transaction that it is in"
+        raise BrokeTransaction(self.broken)
+
+    @property
+    def intact(self) -> bool:
+        own = self._savepoint is None or self._savepoint.is_active
+        return own and self.root.is_active and self.connection.get_transaction() is self.root
+
+    def flush(self) -> None:
+        if self.session is not None:
+            self.session.flush()
+
+    def release(self) -> None:
+        if event.contains(self.connection, "commit", self._refuse):
+            event.remove(self.connection, "commit", self._refuse)
+
+    def keep(self) -> None:
+        if self._savepoint is None:
+            return
+        while (inner := self.connection.get_nested_transaction()) is not self._savepoint:
+            if inner is None:
+                raise BrokeTransaction("the block ended the savepoint of its claim")
+            inner.commit()
+        self._savepoint.commit()
+
+    def undo(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        if not self.intact:
+            raise BrokeTransaction("the transaction of the block is gone")
+        if self._savepoint is None:
+            self.root.rollback()
+            return
+        while (inner := self.connection.get_nested_transaction()) is not self._savepoint:
+            if inner is None:
+                raise BrokeTransaction("the savepoint of the block is gone")
+            inner.rollback()
+        self._savepoint.rollback()
+
+    def undo_all(self) -> None:
+        if self.session is not None:
+            self.session.close()
+        _cut(self.connection)
+        self.root.rollback()
+
+
+class SessionScope:
+    """A block on the caller's Session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.broken: str | None = None
+        bind = session.get_bind()
+        inside = session.in_transaction() or (isinstance(bind, Connection) and bind.in_transaction())
+        self.connection = session.connection()
+        try:
+            begin(self.connection)
+            self._savepoint = session.begin_nested() if inside else None  # flushes what came before
+            session.connection()  # a session sends SAVEPOINT when its connection is first asked for
+        except BaseException:
+            if not inside:
+                session.rollback()
+            raise
+        self.root = _root(self.connection)
+        self._transaction = session.get_transaction()
+        event.listen(session, "before_commit", self._refuse)
+        event.listen(session, "after_begin", self._look)
+
+    def _refuse(self, session: Session) -> None:
+        """Called for savepoints too: the block's own ones pass."""
+        if session.get_nested_transaction() in (None, self._savepoint):
+            self.broken = "the block may not commit the session; the caller does, after it"
+            raise BrokeTransaction(self.broken)
+
+    def _look(self, _session: Session, _transaction: object, connection: Connection) -> None:
+        if connection is not self.connection:
+            self.broken = (
+                "the session used a second connection in the block, which does not commit with the claim"
+            )
+            raise BrokeTransaction(self.broken)
+
+    @property
+    def intact(self) -> bool:
+        own = self._savepoint is None or self._savepoint.is_active
+        same = self._session.get_transaction() is self._transaction
+        return own and same and self.root.is_active and self.connection.get_transaction() is self.root
+
+    def flush(self) -> None:
+        self._session.flush()
+
+    def release(self) -> None:
+        if event.contains(self._session, "before_commit", self._refuse):
+            event.remove(self._session, "before_commit", self._refuse)
+            event.remove(self._session, "after_begin", self._look)
+
+    def keep(self) -> None:
+        if self._savepoint is not None:
+            self._savepoint.commit()
+
+    def undo(self) -> None:
+        if self._savepoint is not None:
+            self._savepoint.rollback()  # also after a failed flush, when it is no longer active
+        else:
+            self._session.rollback()
+
+    def undo_all(self) -> None:
+        _cut(self.connection)
+        self._session.rollback()
+
+
+def begin(connection: Connection) -> None:
+    """Have the connection in a transaction, also where SQLAlchemy's or SQLite's driver has not begun yet."""
+    if _commits_by_itself(connection):
+        raise SetupError(
+            "the connection is in AUTOCOMMIT: claim and work would not commit together; use one without it"
+        )
+    if not connection.in_transaction():
+        connection.begin()
+    if kind_of(connection.dialect) == "sqlite" and not status_reader(connection)():
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _commits_by_itself(connection: Connection) -> bool:
+    """Every statement commits at once (AUTOCOMMIT), and what SQLAlchemy calls a transaction is none."""
+    dialect = connection.dialect
+    level = connection.get_execution_options().get("isolation_level") or getattr(
+        dialect, "_on_connect_isolation_level", None
+    )
+    if str(level).upper() == "AUTOCOMMIT":
+        return True
+    # SQLite's driver in its own autocommit mode is fine: a transaction is begun by a statement there.
+    raw = connection.connection.dbapi_connection
+    return dialect.name != "sqlite" and raw is not None and dialect.detect_autocommit_setting(raw)
+
+
+def _root(connection: Connection) -> RootTransaction:
+    transaction = connection.get_transaction()
+    assert transaction is not None
+    return transaction
+
+
+def _cut(connection: Connection) -> None:
+    """Let the server roll back whatever state the connection is in."""
+    if not connection.closed and not connection.invalidated:
+        connection.invalidate()

@@ -1,0 +1,99 @@
+"""What a `once` block is given: whether there is work to do, where to do it, and the answer to keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
+
+from idemq.block import Block
+from idemq.errors import SetupError
+from idemq.scopes import ConnectionScope
+from idemq.sessions import Sessions
+
+#: The largest `work.result`, in bytes of JSON.
+MAX_RESULT_BYTES = 64 * 1024
+
+
+class Work:
+    """What a `once` block is given: whether there is work to do, and the answer to keep."""
+
+    def __init__(self, block: Block) -> None:
+        #: True: nobody has done this before; do it here. False: it is done already, so do nothing.
+        self.fresh = block.fresh
+        self._stored = block.stored
+        self._open = block.fresh
+
+    @property
+    def result(self) -> Any:
+        """The first answer as a repeat reads it: through JSON, also in the first call; None without one."""
+        return None if self._stored is None else msgspec.json.decode(self._stored)
+
+    @result.setter
+    def result(self, value: Any) -> None:
+        self._require_open("work.result can be set")
+        result = msgspec.json.encode(value)
+        if len(result) > MAX_RESULT_BYTES:
+            raise ValueError(
+                f"work.result is {len(result)} bytes of JSON; at most {MAX_RESULT_BYTES} are kept"
+            )
+        self._stored = result
+
+    def _require_open(self, what: str) -> None:
+        if not self._open:
+            raise SetupError(f"{what} only inside the block, and only where work.fresh is true")
+
+    def close(self) -> bytes | None:
+        """The block has ended; returns what is to be stored."""
+        self._open = False
+        return self._stored
+
+
+class EngineWork(Work):
+    """The work of `once(engine, ...)`: with a transaction of its own."""
+
+    def __init__(self, block: Block, scope: ConnectionScope) -> None:
+        super().__init__(block)
+        self._scope = scope
+
+    @property
+    def connection(self) -> Connection:
+        """The connection that the claim was made on. Only where `fresh` is true."""
+        self._require_open("work.connection is there")
+        return self._scope.connection
+
+    @property
+    def session(self) -> Session:
+        """A Session on that connection, flushed at the end of the block. Only where `fresh` is true."""
+        self._require_open("work.session is there")
+        if self._scope.session is None:
+            self._scope.session = Sessions().on(self._scope.connection)
+        return self._scope.session
+
+
+class AsyncEngineWork(Work):
+    """The work of `once(async_engine, ...)`."""
+
+    def __init__(self, block: Block, scope: ConnectionScope, connection: AsyncConnection) -> None:
+        super().__init__(block)
+        self._scope = scope
+        self._connection = connection
+        self._session: AsyncSession | None = None
+
+    @property
+    def connection(self) -> AsyncConnection:
+        """The connection that the claim was made on. Only where `fresh` is true."""
+        self._require_open("work.connection is there")
+        return self._connection
+
+    @property
+    def session(self) -> AsyncSession:
+        """An AsyncSession on that connection, flushed at the end of the block. Only where `fresh` is true."""
+        self._require_open("work.session is there")
+        if self._session is None:
+            self._session = Sessions().on_async(self._connection)
+            self._scope.session = self._session.sync_session
+        return self._session
