@@ -100,8 +100,8 @@ class Kafka:
         With `declare=True` a missing topic is created, with so many `partitions` and as many copies as
         `replication` says. A process that sends no heartbeat for `session_timeout` seconds loses its
         partitions; at a rebalance, handlers get 0.6 times `rebalance_timeout` (default: the session timeout)
-        to finish. A consumer that makes no progress for `stuck_after` seconds (default: three times the longer of
-        the two) is built anew.
+        to finish. A consumer that makes no progress for `stuck_after` seconds (default: three times the longer
+        of the two) is built anew.
         """
         if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
             raise SetupError(f"Kafka topic {name!r}: 1 to 249 of the characters A-Z a-z 0-9 . _ -")
@@ -113,17 +113,12 @@ class Kafka:
         waits = {
             "session_timeout": session_timeout,
             "rebalance_timeout": session_timeout if rebalance_timeout is None else rebalance_timeout,
-            "stuck_after": 3 * max(session_timeout, rebalance_timeout or 0)
-            if stuck_after is None
-            else stuck_after,
         }
-        for option, seconds in waits.items():
-            if (
-                isinstance(seconds, bool)
-                or not isinstance(seconds, int | float)
-                or not 1 <= seconds <= 86_400
-            ):
-                raise SetupError(f"topic {name!r}: {option}={seconds!r} must be seconds from 1 to 86,400")
+        _check_seconds(name, waits)
+        waits["stuck_after"] = 3 * max(waits.values()) if stuck_after is None else stuck_after
+        _check_seconds(name, waits)
+        if waits["stuck_after"] <= waits["rebalance_timeout"]:
+            raise SetupError(f"topic {name!r}: stuck_after must be longer than rebalance_timeout")
         return Topic(
             self, name, group, declare=declare, partitions=partitions, replication=replication, **waits
         )
@@ -209,6 +204,12 @@ class Topic:
             stuck_after=self.stuck_after,
         )
         return KafkaSubscription(reading, consumer, deliver, prefetch)
+
+
+def _check_seconds(topic: str, waits: dict[str, float]) -> None:
+    for option, seconds in waits.items():
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 1 <= seconds <= 86_400:
+            raise SetupError(f"topic {topic!r}: {option}={seconds!r} must be seconds from 1 to 86,400")
 
 
 def _elsewhere(work: Coroutine[Any, Any, T]) -> T:

@@ -42,7 +42,7 @@ class Epochs(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
         return self._trackers.get(partition)
 
     def delivered(self, partition: TopicPartition, offsets: Sequence[int]) -> Tracker:
-        """The tracker of records that are about to be handed out. They can come before the listener is called."""
+        """The tracker of records that are handed out next. They can come before the listener is called."""
         tracker = self._trackers.get(partition)
         if tracker is not None and tracker.next_offset is not None and offsets[0] < tracker.next_offset:
             tracker.end()  # the topic was deleted and made anew

@@ -43,7 +43,7 @@ NEVER_MILLISECONDS = 2**31 - 1
 _FOR_GOOD = {
     GroupAuthorizationFailedError: "allow this user to read in the group",
     InvalidGroupIdError: "choose another group=...",
-    InvalidSessionTimeoutError: "choose a session_timeout=... that the broker allows (6 s and more, as shipped)",
+    InvalidSessionTimeoutError: "choose a session_timeout=... that the broker allows (as shipped, from 6 s up)",
     RecordTooLargeError: "the server is too old to send a record above the fetch size",
     TopicAuthorizationFailedError: "allow this user to read the topic",
     UnsupportedCodecError: "install the compression library that it names",
@@ -198,7 +198,7 @@ class Session:
         """The records at the place where aiokafka's decoder failed, read leniently.
 
         The failed fetch may have moved positions past records that it then lost, so all are set back first.
-        Where that is not possible (a rebalance came between), the error stands and the consumer is built anew.
+        Where that is not possible (a rebalance came between), the error stands: the consumer is built anew.
         """
         log.debug("%s: %s", self._reading.description, told(error))
         starts = {partition: epochs.get(partition) for partition in partitions or self._consumer.assignment()}

@@ -1,4 +1,4 @@
-"""Notices a consumer that is broken or makes no progress: aiokafka does not always, and never says so by itself."""
+"""Notices a consumer that is broken or makes no progress: aiokafka does not always notice, nor speak up."""
 
 from __future__ import annotations
 

@@ -170,6 +170,7 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, Any], names: str) 
         ({"name": "t", "group": "g", "partitions": 0}, "partitions=0"),
         ({"name": "t", "group": "g", "session_timeout": 10_000_000}, "session_timeout"),
         ({"name": "t", "group": "g", "stuck_after": 0}, "stuck_after"),
+        ({"name": "t", "group": "g", "stuck_after": 5, "rebalance_timeout": 6}, "stuck_after"),
     ],
 )
 def test_a_wrong_topic_option_is_refused_by_name(options: dict[str, Any], names: str) -> None:
@@ -198,7 +199,7 @@ def test_a_missing_topic_is_named_with_its_remedy_and_not_created(kafka_servers:
 
 def test_a_session_timeout_that_the_broker_refuses_is_told(kafka_servers: str, unique: str) -> None:
     tools.create_topic(kafka_servers, unique)
-    with reading(source(kafka_servers, unique, session_timeout=80_000), Inbox()) as subscription:
+    with reading(source(kafka_servers, unique, session_timeout=2.0), Inbox()) as subscription:
         eventually(lambda: subscription.failure, what="the failure")
         assert "session_timeout=" in str(subscription.failure)
 
