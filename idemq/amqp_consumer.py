@@ -95,10 +95,9 @@ class QueueSubscription:
 
     def close(self, timeout: float) -> None:
         refuse_fork(self._pid)
-        self.pause()
         self._deadline = time.monotonic() + timeout
         self._closing.set()
-        self._wake()
+        self.pause()
         self._thread.join(timeout)
 
     def current(self, epoch: int) -> bool:
@@ -124,7 +123,7 @@ class QueueSubscription:
             try:
                 self._serve()
             except Exception as error:
-                if not self._closing.is_set():
+                if not (self._closing.is_set() or self._paused):
                     self._pause_after(error)
         self._wakeup.close()
         self._waker.close()
@@ -134,6 +133,7 @@ class QueueSubscription:
             self._closing.wait()
             return
         link = self._connect()
+        began = time.monotonic()
         try:
             link.watch(self._wakeup)
             self._woken = False  # the byte may have been read by the connection that broke
@@ -146,6 +146,8 @@ class QueueSubscription:
             self._link = None
             self._epoch += 1
             link.sever()
+            if time.monotonic() - began > LONGEST_PAUSE:
+                self._failures = 0
 
     def _turn(self, link: Link) -> None:
         if self._paused and link.consuming:

@@ -8,7 +8,7 @@ caller: py-amqp would open the channel again under the same object, where delive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from struct import unpack_from
 from typing import Any
@@ -76,6 +76,24 @@ class Inbox:
         chunks, self._chunks = self._chunks, []
         assert header is not None  # RabbitMQ sends a body only after its header
         self.arrived.append(_delivered(self._arguments, header, b"".join(chunks), self._origin))
+
+
+class Settled:
+    """Which tags of one channel are acknowledged: many in one frame, where it covers no other tag."""
+
+    def __init__(self) -> None:
+        self._floor = 0  # every tag up to this one is settled
+        self._above: set[int] = set()
+
+    def add(self, tags: Sequence[int]) -> list[tuple[int, bool]]:
+        """(tag, and all below) for each frame to send. A frame names only tags that were not sent before."""
+        self._above.update(tags)
+        while self._floor + 1 in self._above:
+            self._floor += 1
+            self._above.remove(self._floor)
+        covered = max((tag for tag in tags if tag <= self._floor), default=None)
+        frames = [] if covered is None else [(covered, True)]
+        return frames + [(tag, False) for tag in tags if tag > self._floor]
 
 
 def _unattached(*_: Any) -> None:

@@ -10,7 +10,7 @@ import selectors
 import socket
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from struct import Struct, unpack_from
 from typing import Any, Self
@@ -18,7 +18,7 @@ from typing import Any, Self
 import amqp
 from amqp import spec
 
-from idemq.amqp_frames import METHOD, Inbox
+from idemq.amqp_frames import METHOD, Inbox, Settled
 from idemq.amqp_url import Address
 from idemq.errors import BrokerUnavailable, IdemqError, SetupError
 from idemq.message import Message
@@ -40,12 +40,15 @@ class Link:
         self._inbox = inbox
         self._channel = connection.channel()
         self._socket: socket.socket = connection.sock
-        self._timeout: float | None = self._socket.gettimeout()
+        self._patience: float = self._socket.gettimeout() or 10.0
+        self._give_up: float | None = None
         self._rest = b""
+        self._settled = Settled()
         self._tag: str | None = None
         self._ticked = 0.0
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
+        connection.drain_events = self._drain
         #: How often `tick` must be called, in seconds.
         self.pulse: float = min(1.0, connection.heartbeat / 4)
         #: When bytes came last, in monotonic seconds.
@@ -106,6 +109,9 @@ class Link:
 
     def wait(self, seconds: float) -> bool:
         """Until there is something to `read` (then True), until a wake-up, or until the time is over."""
+        return bool(self._inbox.arrived) or self._poll(seconds)
+
+    def _poll(self, seconds: float) -> bool:
         readable = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
         for key, _ in self._selector.select(0 if readable else seconds):
             if key.fileobj is self._socket:
@@ -117,22 +123,33 @@ class Link:
 
     def read(self) -> list[tuple[int, Message]]:
         """What has arrived, without waiting, in pieces small enough to write and to tick in between."""
+        self._receive()
+        arrived, self._inbox.arrived = self._inbox.arrived, []
+        return arrived
+
+    def _drain(self, timeout: float | None = None) -> None:
+        """Stands in for py-amqp's `drain_events`, so that its waiting for answers reads here as well."""
+        deadline = self._give_up or time.monotonic() + (timeout or self._patience)
+        while not self._poll(max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                raise TimeoutError("no answer from the broker")
+        self._receive()
+
+    def _receive(self) -> None:
         self._socket.settimeout(0)
         try:
             data = self._socket.recv(_RECEIVE)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return []
+            return
         finally:
-            self._socket.settimeout(self._timeout)
+            self._socket.settimeout(self._patience)
         if not data:
             raise ConnectionResetError("the broker closed the connection")
         self.last_seen = time.monotonic()
         self._connection.bytes_recv += 1  # py-amqp's sign of life, for `heartbeat_tick`
-        self._take(data)
-        arrived, self._inbox.arrived = self._inbox.arrived, []
-        return arrived
+        self._split(data)
 
-    def _take(self, data: bytes) -> None:
+    def _split(self, data: bytes) -> None:
         data = self._rest + data if self._rest else data
         start = 0
         while len(data) - start >= 8:
@@ -146,10 +163,13 @@ class Link:
             start = end + 1
         self._rest = data[start:]
 
-    def ack(self, tags: Iterable[int]) -> None:
-        """Acknowledge each of `tags`, in one write."""
+    def ack(self, tags: Sequence[int]) -> None:
+        """Acknowledge `tags` and nothing else, in one write."""
         channel = self._channel.channel_id
-        frames = [_ACK.pack(METHOD, channel, 13, *spec.Basic.Ack, tag, 0, _FRAME_END) for tag in tags]
+        frames = [
+            _ACK.pack(METHOD, channel, 13, *spec.Basic.Ack, tag, below, _FRAME_END)
+            for tag, below in self._settled.add(tags)
+        ]
         self._connection.transport.write(b"".join(frames))
         self._connection.bytes_sent += 1
 
@@ -168,12 +188,16 @@ class Link:
         )
 
     def close(self, seconds: float) -> None:
-        """End in order: what was written before is received before the broker answers."""
-        deadline = time.monotonic() + seconds
-        self._connection.send_method(spec.Connection.Close, "BsBB", (0, "", 0, 0))
-        while self._connection.connected and (left := deadline - time.monotonic()) > 0:
-            if self.wait(left):
-                self.read()
+        """End in order, in at most `seconds`: the broker has taken what was acknowledged before."""
+        # RabbitMQ passes on 32 acknowledgements to a quorum queue and holds the others back until those are
+        # written; the end of the connection would have it forget them. To cancel a consumer waits for the
+        # writing, and the answer to one request more for the rest to be passed on.
+        self._give_up = time.monotonic() + seconds
+        tag, self._tag = self._tag, None
+        if tag is not None:
+            self._channel.basic_cancel(tag)
+        self._channel.basic_qos(0, 1, False)
+        self._connection.close()
 
     def sever(self) -> None:
         """End at once; the broker gives back what was not acknowledged."""

@@ -37,7 +37,8 @@ class RabbitMQ:
     """A RabbitMQ server or cluster. Connects only when a consumer starts; `name` is stable and secret-free.
 
     `url` is `amqp://user:password@host:port/vhost`, `amqps://` for TLS; several servers are separated by
-    `;` and tried in that order. `?heartbeat=` and `?connect_timeout=` in the url stand for the arguments.
+    `;` and tried in that order. `?heartbeat=` and `?connect_timeout=` in the url stand for the arguments;
+    both are seconds, and the second is also how long an answer of the server is waited for.
     `ssl` is True or a mapping with any of ca_certs, certfile, keyfile, cert_reqs, ciphers, server_hostname,
     tls_minimum_version; certificate and host name are verified unless it says otherwise.
     """

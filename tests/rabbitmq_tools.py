@@ -103,6 +103,8 @@ class Proxy:
     def __init__(self, target: tuple[str, int]) -> None:
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
+        #: How many connections there have been.
+        self.accepted = 0
         self.port: int = self._listener.getsockname()[1]
         self._flowing = threading.Event()
         self._flowing.set()
@@ -121,6 +123,7 @@ class Proxy:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(self._target)
                 self._sockets += [client, server]
+                self.accepted += 1
                 self._spawn(self._pump, client, server)
                 self._spawn(self._pump, server, client)
 

@@ -18,8 +18,11 @@ from urllib.parse import urlsplit
 
 import amqp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from idemq.amqp_consumer import QueueDelivery, QueueSubscription
+from idemq.amqp_frames import Settled
 from idemq.broker import Delivery
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.rabbitmq import RabbitMQ
@@ -164,6 +167,55 @@ def test_pause_stops_the_stream_and_what_was_delivered_can_still_be_acked(
     eventually(lambda: server.counts(queue) == (1, 0))
 
 
+def test_what_comes_with_the_answer_to_subscribing_is_handed_over_at_once(
+    rabbit: RabbitMQ, server: Server, queue: str
+) -> None:
+    for n in range(10):
+        server.publish(queue, b"%d" % n)
+
+    for _ in range(10):
+        with consuming(rabbit.queue(queue)) as (_, got):
+            for n in range(10):  # far sooner than the broker's next heartbeat
+                assert got.take(10).message.body == b"%d" % n
+
+
+@pytest.mark.parametrize("held", [slice(1, None), slice(1, None, 2)], ids=["the first", "every second"])
+def test_close_sends_every_ack_to_a_quorum_queue_first(
+    rabbit: RabbitMQ, server: Server, unique: str, held: slice
+) -> None:
+    server.declare(unique, x_queue_type="quorum")
+    for n in range(100):
+        server.publish(unique, b"%d" % n, delivery_mode=2)
+
+    with consuming(rabbit.queue(unique)) as (_, got):
+        acked = got.several(100)[held]
+        for delivery in acked:
+            delivery.ack()
+    left = 100 - len(acked)
+    with consuming(rabbit.queue(unique)) as (_, got):
+        for delivery in got.several(left):
+            delivery.ack()
+    eventually(lambda: server.counts(unique) == (0, 0))
+    server.delete(unique)
+
+
+@given(st.data())
+def test_frames_acknowledge_exactly_what_was_settled(data: st.DataObject) -> None:
+    """Against the broker's rule: a frame names an outstanding tag, and may cover all below it."""
+    count = data.draw(st.integers(1, 40))
+    order = data.draw(st.permutations(range(1, count + 1)))
+    settled, outstanding, sent = Settled(), set(range(1, count + 1)), set[int]()
+
+    while order:
+        size = data.draw(st.integers(1, len(order)))
+        batch, order = order[:size], order[size:]
+        sent.update(batch)
+        for tag, below in settled.add(batch):
+            assert tag in outstanding
+            outstanding -= {each for each in outstanding if each == tag or (below and each < tag)}
+        assert outstanding == set(range(1, count + 1)) - sent
+
+
 def test_prefetch_bounds_what_is_held(rabbit: RabbitMQ, server: Server, queue: str) -> None:
     for n in range(10):
         server.publish(queue, b"%d" % n)
@@ -179,8 +231,20 @@ def test_prefetch_bounds_what_is_held(rabbit: RabbitMQ, server: Server, queue: s
 # Hazards
 
 
-@pytest.mark.hazard("H8")
 @pytest.mark.hazard("H13")
+def test_an_error_on_the_channel_is_answered_by_a_new_connection(
+    rabbitmq_url: str, server: Server, queue: str, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    with consuming(through(proxy, rabbitmq_url).queue(queue)) as (_, got):
+        server.publish(queue, b"x")
+        break_the_channel(got.take())
+        got.take().ack()
+
+    assert proxy.accepted == 2
+    assert "PRECONDITION_FAILED - unknown delivery tag" in caplog.text
+
+
+@pytest.mark.hazard("H8")
 def test_a_late_ack_of_an_older_connection_acknowledges_nothing(
     rabbit: RabbitMQ, server: Server, queue: str
 ) -> None:
