@@ -193,7 +193,7 @@ class RabbitBroker:
 
 @dataclass
 class KafkaBroker:
-    """A topic of four partitions, read by a group of the same name. Messages go to the partition of `key`."""
+    """A topic, read by a group of the same name; messages go to its partitions in turn."""
 
     address: str
     name: str
