@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
 
-from tests import servers
+from tests import core_tools, servers
 
 _missing: set[str] = set()
 
@@ -54,20 +54,13 @@ def unique() -> str:
 DATABASES = ["sqlite", "postgres", "mariadb", "mysql"]
 
 
-@pytest.fixture(params=DATABASES)
-def database_url(
-    request: pytest.FixtureRequest, _running: tuple[ExitStack, dict[str, str]], tmp_path: Path
-) -> Iterator[URL]:
-    """An empty database of its own on each kind of server, as the URL of its sync driver.
-
-    Indirect parametrization chooses one kind: `@pytest.mark.parametrize("database_url", ["postgres"],
-    indirect=True)`.
-    """
-    kind = request.param
+@contextmanager
+def _database(kind: str, running: tuple[ExitStack, dict[str, str]], directory: Path) -> Iterator[URL]:
+    """An empty database of its own, as the URL of its sync driver."""
     if kind == "sqlite":
-        yield make_url(f"sqlite:///{tmp_path / 'test.db'}")
+        yield make_url(f"sqlite:///{directory / 'test.db'}")
         return
-    admin = make_url(_server(kind, _running))
+    admin = make_url(_server(kind, running))
     name = f"t{uuid.uuid4().hex[:12]}"
     engine = create_engine(admin, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
@@ -79,18 +72,55 @@ def database_url(
     engine.dispose()
 
 
+@pytest.fixture(params=DATABASES)
+def database_url(
+    request: pytest.FixtureRequest, _running: tuple[ExitStack, dict[str, str]], tmp_path: Path
+) -> Iterator[URL]:
+    """An empty database of its own on each kind of server, as the URL of its sync driver.
+
+    Indirect parametrization chooses one kind: `@pytest.mark.parametrize("database_url", ["postgres"],
+    indirect=True)`.
+    """
+    with _database(request.param, _running, tmp_path) as url:
+        yield url
+
+
 @pytest.fixture
-def postgres_url(_running: tuple[ExitStack, dict[str, str]]) -> Iterator[URL]:
+def postgres_url(_running: tuple[ExitStack, dict[str, str]], tmp_path: Path) -> Iterator[URL]:
     """An empty PostgreSQL database of its own."""
-    admin = make_url(_server("postgres", _running))
-    name = f"t{uuid.uuid4().hex[:12]}"
-    engine = create_engine(admin, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield admin.set(database=name)
-    with engine.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    engine.dispose()
+    with _database("postgres", _running, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def _shared(
+    _running: tuple[ExitStack, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], URL]]:
+    """One database of each kind for the whole session, because making one takes seconds."""
+    urls: dict[str, URL] = {}
+    with ExitStack() as stack:
+
+        def shared(kind: str) -> URL:
+            if kind not in urls:
+                urls[kind] = stack.enter_context(_database(kind, _running, tmp_path_factory.mktemp("shared")))
+            return urls[kind]
+
+        yield shared
+
+
+@pytest.fixture
+def shop(
+    request: pytest.FixtureRequest,
+    _running: tuple[ExitStack, dict[str, str]],
+    _shared: Callable[[str], URL],
+    tmp_path: Path,
+) -> Iterator[core_tools.Shop]:
+    """idemq's tables, empty, and a driver: see `core_tools.on`."""
+    kind, driver, own = request.param
+    with ExitStack() as stack:
+        shares = kind != "sqlite" and not own
+        url = _shared(kind) if shares else stack.enter_context(_database(kind, _running, tmp_path))
+        yield stack.enter_context(core_tools.open_shop(url, driver))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
