@@ -100,8 +100,8 @@ class Kafka:
         With `declare=True` a missing topic is created, with so many `partitions` and as many copies as
         `replication` says. A process that sends no heartbeat for `session_timeout` seconds loses its
         partitions; at a rebalance, handlers get 0.6 times `rebalance_timeout` (default: the session timeout)
-        to finish. A consumer that makes no progress for `stuck_after` seconds (default: three times the longer
-        of the two) is built anew.
+        to finish. A consumer that makes no progress for `stuck_after` seconds (default: thrice the longer of
+        the two) is built anew.
         """
         if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
             raise SetupError(f"Kafka topic {name!r}: 1 to 249 of the characters A-Z a-z 0-9 . _ -")

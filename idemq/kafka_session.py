@@ -43,7 +43,7 @@ NEVER_MILLISECONDS = 2**31 - 1
 _FOR_GOOD = {
     GroupAuthorizationFailedError: "allow this user to read in the group",
     InvalidGroupIdError: "choose another group=...",
-    InvalidSessionTimeoutError: "choose a session_timeout=... that the broker allows (as shipped, from 6 s up)",
+    InvalidSessionTimeoutError: "choose a session_timeout=... that the broker allows (6 s and more)",
     RecordTooLargeError: "the server is too old to send a record above the fetch size",
     TopicAuthorizationFailedError: "allow this user to read the topic",
     UnsupportedCodecError: "install the compression library that it names",

@@ -523,12 +523,14 @@ def test_a_storm_of_rebalances_loses_nothing(kafka_servers: str, unique: str) ->
     for thread in members:
         thread.start()
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not expected <= ledger.bodies:
-        ledger.check(tools.committed(kafka_servers, f"g-{unique}", unique))
-        stop.wait(0.1)
-    stop.set()
-    for thread in members:
-        thread.join()
+    try:
+        while time.monotonic() < until and not expected <= ledger.bodies:
+            ledger.check(tools.committed(kafka_servers, f"g-{unique}", unique))
+            stop.wait(0.1)
+    finally:
+        stop.set()
+        for thread in members:
+            thread.join()
 
     def finish_and_note(delivery: Delivery) -> None:
         ledger.note(delivery.message)
