@@ -68,12 +68,14 @@ def kind_of(dialect: Dialect) -> str:
 def error_code(error: DBAPIError) -> str | int | None:
     """The database's own code: an SQLSTATE on PostgreSQL, a number on MySQL, MariaDB and SQLite."""
     cause: Any = error.orig
+    arguments = getattr(cause, "args", ())
+    if arguments and isinstance(arguments[0], int):  # PyMySQL's errors have an SQLSTATE too, which says less
+        return arguments[0]
     for name in ("sqlstate", "pgcode", "sqlite_errorcode"):
         code = getattr(cause, name, None)
         if isinstance(code, str | int):
             return code
-    arguments = getattr(cause, "args", ())
-    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+    return None
 
 
 def is_lock_timeout(error: DBAPIError) -> bool:
