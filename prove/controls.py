@@ -1,0 +1,68 @@
+"""Known-wrong variants of the core. Each must turn the checker red, or the proof proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from idemq import process, worker
+from idemq.broker import Delivery
+from idemq.failures import Job
+from idemq.message import Verdict
+
+
+class _Acked:
+    """A delivery that was acknowledged before its time."""
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.message = delivery.message
+        self.start = delivery.start
+        self.drop = delivery.drop
+
+    def ack(self) -> None:
+        """Done long ago."""
+
+
+def ack_before_commit() -> None:
+    """Acknowledge what was delivered as soon as it is here."""
+    deliver = worker.ConsumerWorker._deliver
+
+    def early(self: worker.ConsumerWorker, deliveries: Sequence[Delivery]) -> None:
+        wrapped = [_Acked(delivery) for delivery in deliveries]
+        for delivery in deliveries:
+            delivery.start()
+            delivery.ack()
+        deliver(self, wrapped)
+
+    worker.ConsumerWorker._deliver = early  # type: ignore[method-assign]  # breaking it is the purpose
+
+
+def claim_in_its_own_transaction() -> None:
+    """Commit the claim first, then run the handler in another transaction."""
+    begin = process.Unit.begin
+
+    def apart(self: process.Unit, job: Job) -> Verdict | None:
+        verdict = begin(self, job)
+        if verdict is None:
+            self._guard.take_back()
+            claim = self._guard._claim
+            assert self._transaction is not None
+            assert claim is not None
+            self._transaction.commit()
+            job.tokens.clear()
+            self._transaction = process.begin(self.connection)
+            self._guard.lend(self._transaction, claim)
+        return verdict
+
+    process.Unit.begin = apart  # type: ignore[method-assign]  # breaking it is the purpose
+
+
+CONTROLS: dict[str, Callable[[], None]] = {
+    "ack before commit": ack_before_commit,
+    "claim in its own transaction": claim_in_its_own_transaction,
+}
+
+
+def apply(name: str) -> None:
+    """Break the core in this process; nothing for the empty name."""
+    if name:
+        CONTROLS[name]()
