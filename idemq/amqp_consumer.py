@@ -45,6 +45,9 @@ class QueueDelivery:
     def ack(self) -> None:
         self.subscription.settle(self.epoch, self.tag)
 
+    def rest(self) -> None:
+        """RabbitMQ waits for nobody."""
+
     def drop(self) -> None:
         """Nothing to send: RabbitMQ gives it to somebody when the connection ends."""
 

@@ -34,6 +34,11 @@ class Delivery(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """The attempt ended without a verdict, and nobody works on it: the worker keeps the delivery and calls
+        `start()` again before the next attempt. A partition that is taken away need not wait for it."""
+        ...
+
     def drop(self) -> None:
         """The worker will not settle this delivery: it is left to the broker's redelivery.
 

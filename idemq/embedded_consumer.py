@@ -59,6 +59,9 @@ class EmbeddedDelivery:
     def ack(self) -> None:
         self._subscription.ack(self._seq)
 
+    def rest(self) -> None:
+        """It stays with this subscription."""
+
     def drop(self) -> None:
         """Nothing to do: closing the subscription gives back all that it holds."""
 

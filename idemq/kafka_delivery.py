@@ -84,8 +84,12 @@ class KafkaDelivery:
             self._tracker.finished(self._offset)
             self._flow.settled(True)
 
+    def rest(self) -> None:
+        if not self._settled:
+            self._tracker.resting(self._offset)
+
     def drop(self) -> None:
         if not self._settled:
             self._settled = True
-            self._tracker.dropped(self._offset)
+            self._tracker.resting(self._offset)
             self._flow.settled(False)

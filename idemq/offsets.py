@@ -21,7 +21,7 @@ class Tracker:
         self._lock = Lock()
         self._order: deque[int] = deque()  # delivered and not yet passed, oldest first
         self._open: set[int] = set()  # delivered, not finished
-        self._running: set[int] = set()  # started, neither finished nor dropped
+        self._running: set[int] = set()  # started, neither finished nor resting
         self._highest: int | None = None
         self._position: int | None = None  # everything before it is finished
         self._committed: int | None = None
@@ -56,8 +56,8 @@ class Tracker:
             if not self._ended:
                 self._open.discard(offset)
 
-    def dropped(self, offset: int) -> None:
-        """Nobody works on it any more; unfinished, it holds the position for the rest of the epoch."""
+    def resting(self, offset: int) -> None:
+        """Nobody works on it now; unfinished, it holds the position."""
         with self._lock:
             self._running.discard(offset)
 

@@ -90,6 +90,7 @@ class ConsumerWorker:
         if key is not None:
             with self._lock:
                 if (waiting := self._in_flight.get(key)) is not None:
+                    item.delivery.rest()
                     waiting.append(item)
                     return None
                 self._in_flight[key] = []
@@ -116,6 +117,7 @@ class ConsumerWorker:
             self._lanes.put(waiting)
 
     def _keep(self, item: Item, verdict: Release) -> None:
+        item.delivery.rest()
         item.releases += 1
         delay = _pause(item.releases)
         log.warning(

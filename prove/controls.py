@@ -16,6 +16,7 @@ class _Acked:
     def __init__(self, delivery: Delivery) -> None:
         self.message = delivery.message
         self.start = delivery.start
+        self.rest = delivery.rest
         self.drop = delivery.drop
 
     def ack(self) -> None:

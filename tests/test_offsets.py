@@ -145,7 +145,7 @@ def test_a_dropped_record_holds_the_position() -> None:
     tracker.delivered([0, 1])
     assert tracker.start(0)
     assert tracker.start(1)
-    tracker.dropped(0)
+    tracker.resting(0)
     tracker.finished(1)
     assert tracker.running == 0
     assert tracker.committable() is None
