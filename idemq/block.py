@@ -149,15 +149,22 @@ class Block:
 
 def claim_in(connection: Connection, request: Request, number: int) -> Claim:
     """Claim in the connection's transaction. Raises `Conflict` and `InFlight`."""
-    ledgers = _ledgers.setdefault(connection.engine, {})
-    ledger = ledgers.get((request.schema, request.wait))
-    if ledger is None:
-        ledger = Ledger(connection.dialect, request.schema, request.wait)
-        ledgers[request.schema, request.wait] = ledger
+    ledger = ledger_of(connection, request)
     claim = ledger.claim(connection, number, request.key, request.fingerprint, None)
     if claim.state == "conflict":
         raise Conflict
     return claim
+
+
+def ledger_of(connection: Connection, request: Request) -> Ledger:
+    """The claim statement as the request wants it, made once for each engine."""
+    ledgers = _ledgers.setdefault(connection.engine, {})
+    ledger = ledgers.get((request.schema, request.wait))
+    if ledger is None:
+        ledger = ledgers[request.schema, request.wait] = Ledger(
+            connection.dialect, request.schema, request.wait
+        )
+    return ledger
 
 
 def has_trigger(connection: Connection, database_schema: str | None) -> bool:

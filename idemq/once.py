@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, scoped_session
 
 from idemq import names
-from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, request_of
+from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, ledger_of, request_of
 from idemq.bridge import uninterrupted
 from idemq.drivers import is_transient
 from idemq.errors import SetupError
@@ -273,6 +273,8 @@ def _registered(connection: Connection, request: Request) -> int:
     """The consumer's number, known to be committed: new names get a transaction of their own."""
     numbers = _numbers.setdefault(connection.engine, {})
     name = (request.schema, request.consumer)
+    if name not in numbers:
+        ledger_of(connection, request).check(connection)
     for tries in range(5):
         if name in numbers:
             break

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.orm import Session
 
-from idemq.drivers import kind_of, status_reader
+from idemq.drivers import kind_of, refuse_autocommit, status_reader
 from idemq.errors import BrokeTransaction, SetupError
 
 
@@ -171,27 +171,23 @@ class SessionScope:
 
 def begin(connection: Connection) -> None:
     """Have the connection in a transaction, also where SQLAlchemy's or SQLite's driver has not begun yet."""
-    if _commits_by_itself(connection):
-        raise SetupError(
-            "the connection is in AUTOCOMMIT: claim and work would not commit together; use one without it"
-        )
+    _refuse_autocommit(connection)
     if not connection.in_transaction():
         connection.begin()
     if kind_of(connection.dialect) == "sqlite" and not status_reader(connection)():
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _commits_by_itself(connection: Connection) -> bool:
-    """Every statement commits at once (AUTOCOMMIT), and what SQLAlchemy calls a transaction is none."""
-    dialect = connection.dialect
+def _refuse_autocommit(connection: Connection) -> None:
     level = connection.get_execution_options().get("isolation_level") or getattr(
-        dialect, "_on_connect_isolation_level", None
+        connection.dialect, "_on_connect_isolation_level", None
     )
     if str(level).upper() == "AUTOCOMMIT":
-        return True
-    # SQLite's driver in its own autocommit mode is fine: a transaction is begun by a statement there.
-    raw = connection.connection.dbapi_connection
-    return dialect.name != "sqlite" and raw is not None and dialect.detect_autocommit_setting(raw)
+        raise SetupError(
+            "the connection's isolation level is AUTOCOMMIT: claim and work would not commit together; "
+            "use one without it"
+        )
+    refuse_autocommit(connection)
 
 
 def _root(connection: Connection) -> RootTransaction:
