@@ -40,13 +40,34 @@ class Scope(Protocol):
         """Nothing of the whole transaction stays, whatever state it is in."""
 
 
-class ConnectionScope:
+class _Watched:
+    """Refuses the COMMIT of a connection's transaction, whoever has it sent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.root = _root(connection)
+        self.broken: str | None = None
+        event.listen(connection, "commit", self._refuse)
+
+    def refuse(self, why: str) -> None:
+        self.broken = why
+        raise BrokeTransaction(why)
+
+    def _refuse(self, _connection: Connection) -> None:
+        # SQLAlchemy gives its transaction up when this raises, but the driver stays in it: see `undo_all`.
+        self.refuse("the block may not commit the transaction that it is in")
+
+    def release(self) -> None:
+        if event.contains(self.connection, "commit", self._refuse):
+            event.remove(self.connection, "commit", self._refuse)
+
+
+class ConnectionScope(_Watched):
     """A block on a Connection; `session`, when there is one, is bound to it and ends with the block."""
 
     def __init__(self, connection: Connection, session: Session | None = None) -> None:
         inside = connection.in_transaction()
-        self.connection, self.session = connection, session
-        self.broken: str | None = None
+        self.session = session
         try:
             begin(connection)
             self._savepoint = connection.begin_nested() if inside else None
@@ -54,13 +75,7 @@ class ConnectionScope:
             if not inside:
                 connection.rollback()
             raise
-        self.root = _root(connection)
-        event.listen(connection, "commit", self._refuse)
-
-    def _refuse(self, _connection: Connection) -> None:
-        # SQLAlchemy gives its transaction up when this raises, but the driver stays in it: see `undo_all`.
-        self.broken = "the block may not commit the transaction that it is in"
-        raise BrokeTransaction(self.broken)
+        super().__init__(connection)
 
     @property
     def intact(self) -> bool:
@@ -70,10 +85,6 @@ class ConnectionScope:
     def flush(self) -> None:
         if self.session is not None:
             self.session.flush()
-
-    def release(self) -> None:
-        if event.contains(self.connection, "commit", self._refuse):
-            event.remove(self.connection, "commit", self._refuse)
 
     def keep(self) -> None:
         if self._savepoint is None:
@@ -105,40 +116,37 @@ class ConnectionScope:
         self.root.rollback()
 
 
-class SessionScope:
+class SessionScope(_Watched):
     """A block on the caller's Session."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.broken: str | None = None
         bind = session.get_bind()
         inside = session.in_transaction() or (isinstance(bind, Connection) and bind.in_transaction())
-        self.connection = session.connection()
+        connection = session.connection()
         try:
-            begin(self.connection)
+            begin(connection)
             self._savepoint = session.begin_nested() if inside else None  # flushes what came before
             session.connection()  # a session sends SAVEPOINT when its connection is first asked for
         except BaseException:
             if not inside:
                 session.rollback()
             raise
-        self.root = _root(self.connection)
+        super().__init__(connection)
         self._transaction = session.get_transaction()
-        event.listen(session, "before_commit", self._refuse)
+        event.listen(session, "before_commit", self._refuse_session)
         event.listen(session, "after_begin", self._look)
 
-    def _refuse(self, session: Session) -> None:
+    def _refuse_session(self, session: Session) -> None:
         """Called for savepoints too: the block's own ones pass."""
         if session.get_nested_transaction() in (None, self._savepoint):
-            self.broken = "the block may not commit the session; the caller does, after it"
-            raise BrokeTransaction(self.broken)
+            self.refuse("the block may not commit the session; the caller does, after it")
 
     def _look(self, _session: Session, _transaction: object, connection: Connection) -> None:
         if connection is not self.connection:
-            self.broken = (
+            self.refuse(
                 "the session used a second connection in the block, which does not commit with the claim"
             )
-            raise BrokeTransaction(self.broken)
 
     @property
     def intact(self) -> bool:
@@ -150,8 +158,9 @@ class SessionScope:
         self._session.flush()
 
     def release(self) -> None:
-        if event.contains(self._session, "before_commit", self._refuse):
-            event.remove(self._session, "before_commit", self._refuse)
+        super().release()
+        if event.contains(self._session, "before_commit", self._refuse_session):
+            event.remove(self._session, "before_commit", self._refuse_session)
             event.remove(self._session, "after_begin", self._look)
 
     def keep(self) -> None:
