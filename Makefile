@@ -41,7 +41,7 @@ bench: .venv/.dev ## compare with hand-written loops (LONG=1: more messages)
 	@$(PY) -m benchmarks
 
 clean: ## remove everything that the targets above made
-	rm -rf .venv .demo .prove .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
+	rm -rf .venv .demo .prove .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
 
 python: # is there one that will do? For .ci/run
 	@test -n "$(PYTHON)" || { echo "needs Python 3.11 or newer with venv (Debian: apt install python3-venv)" >&2; exit 1; }
