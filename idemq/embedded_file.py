@@ -160,10 +160,15 @@ def errors(path: Path) -> Iterator[None]:
 
 def _is_ours(connection: Connection) -> bool:
     """True for a broker's file, False for an empty one; anything else is refused."""
-    stamp, shape = (
-        connection.execute(f"PRAGMA {p}").fetchone()[0] for p in ("application_id", "user_version")
-    )
-    found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    connection.execute("BEGIN")  # one moment for all three: another process may be making the file
+    try:
+        found = {
+            name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        }
+        (stamp,) = connection.execute("PRAGMA application_id").fetchone()
+        (shape,) = connection.execute("PRAGMA user_version").fetchone()
+    finally:
+        connection.execute("ROLLBACK")
     if stamp == STAMP and shape != SHAPE:
         raise SetupError(
             f"{connection.path} was made by another version of idemq (shape {shape}, not {SHAPE})"
