@@ -17,8 +17,8 @@ from idemq.broker import Source
 from idemq.errors import SetupError
 from idemq.handlers import read
 from idemq.ledger import WAIT
-from idemq.message import Message, fingerprint_of
-from idemq.process import Consumer
+from idemq.message import Message
+from idemq.process import Consumer, fingerprint_by
 from idemq.sessions import Maker, Sessions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -138,7 +138,7 @@ class App:
         self._check_options(name, concurrency, prefetch, wait, unknown)
         options: dict[str, Any] = {}
         if fingerprint is not True:
-            options["fingerprint"] = _fingerprint(name, fingerprint)
+            options["fingerprint"] = fingerprint_by(name, fingerprint)
 
         def declare(function: Function) -> Function:
             handler = read(function, name)
@@ -197,21 +197,6 @@ class App:
         raise SetupError(
             f"consumer {name!r}: its handler is {kind}, but the app has no {kind} engine: {other}"
         )
-
-
-def _fingerprint(
-    name: str, function: Callable[[Message], bytes | str] | bool | None
-) -> Callable[[Message], int | None]:
-    if function is None or function is False:
-        return lambda message: None
-    if not callable(function):
-        raise SetupError(f"consumer {name!r}: fingerprint= takes a function of the message, or None")
-
-    def digest(message: Message) -> int:
-        value = function(message)
-        return fingerprint_of(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
-
-    return digest
 
 
 def _parsed(database: str | URL) -> URL:

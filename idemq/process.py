@@ -18,7 +18,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from idemq.drivers import is_transient, kind_of
-from idemq.errors import BadMessage, BrokeTransaction, InFlight, Reject
+from idemq.errors import BadMessage, BrokeTransaction, InFlight, Reject, SetupError
 from idemq.failures import CONFLICT, REJECTED, Job, bury
 from idemq.guard import Guard
 from idemq.handlers import Handler
@@ -53,6 +53,22 @@ class Consumer:
             bad = error if isinstance(error, BadMessage) else BadMessage(f"{type(error).__name__}: {error}")
             job = Job(message, None, None, bad=BadMessage(message.unreadable) if message.unreadable else bad)
         return job
+
+
+def fingerprint_by(
+    name: str, function: Callable[[Message], bytes | str] | bool | None
+) -> Callable[[Message], int | None]:
+    """What a consumer's `fingerprint=` means."""
+    if function is None or function is False:
+        return lambda message: None
+    if not callable(function):
+        raise SetupError(f"consumer {name!r}: fingerprint= takes a function of the message, or None")
+
+    def digest(message: Message) -> int:
+        value = function(message)
+        return fingerprint_of(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
+
+    return digest
 
 
 def begin(connection: Connection) -> RootTransaction:
