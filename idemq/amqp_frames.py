@@ -137,7 +137,7 @@ def message_of(raw: bytes, body: bytes, *, redelivered: bool, origin: Mapping[st
         return Message(
             body=body, unreadable=reason, properties={"raw": raw}, redelivered=redelivered, origin=origin
         )
-    sent_at = _moment(properties.get("timestamp"))
+    sent_at = moment(properties.get("timestamp"))
     if sent_at is not None:
         del properties["timestamp"]
     return Message(
@@ -157,8 +157,11 @@ def _text(name: str | bytes) -> str:
     return name if isinstance(name, str) else name.decode("utf-8", "backslashreplace")
 
 
-def _moment(timestamp: int | None) -> datetime | None:
-    """None also for what is no second of this calendar (milliseconds): such a message says no usable time."""
+def moment(timestamp: int | None) -> datetime | None:
+    """The AMQP property as a time.
+
+    None also for what is no second of this calendar (milliseconds): such a message says no usable time.
+    """
     if timestamp is None:
         return None
     try:
