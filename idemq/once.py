@@ -27,11 +27,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, a
 from sqlalchemy.orm import Session, scoped_session
 
 from idemq import names
-from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, ledger_of, request_of
+from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, request_of
 from idemq.bridge import uninterrupted
 from idemq.drivers import is_transient
 from idemq.errors import SetupError
-from idemq.ledger import WAIT
+from idemq.ledger import WAIT, Ledger
 from idemq.process import allow_commit
 from idemq.scopes import ConnectionScope, Scope, SessionScope, begin
 from idemq.work import AsyncEngineWork, EngineWork, Work
@@ -251,7 +251,7 @@ def _refuse_shared(engine: Engine) -> None:
 
 
 def _open(connection: Connection, request: Request) -> tuple[Block, ConnectionScope]:
-    number = _registered(connection, request)
+    number = registered(connection, request.consumer, request.schema)
     scope = ConnectionScope(connection)
     return Block(scope, request, number), scope
 
@@ -269,18 +269,18 @@ def _commit(block: Block, work: Work, scope: ConnectionScope) -> None:
         scope.session.close()
 
 
-def _registered(connection: Connection, request: Request) -> int:
+def registered(connection: Connection, consumer: str, database_schema: str | None) -> int:
     """The consumer's number, known to be committed: new names get a transaction of their own."""
     numbers = _numbers.setdefault(connection.engine, {})
-    name = (request.schema, request.consumer)
+    name = (database_schema, consumer)
     if name not in numbers:
-        ledger_of(connection, request).check(connection)
+        Ledger(connection.dialect, database_schema, WAIT).check(connection)
     for tries in range(5):
         if name in numbers:
             break
         begin(connection)
         try:
-            number = names.register(connection, request.consumer, (), request.schema)
+            number = names.register(connection, consumer, (), database_schema)
             connection.commit()
             numbers[name] = number
         except DBAPIError as error:  # somebody else registers it at the same time
