@@ -35,8 +35,8 @@ class Delivery(Protocol):
         ...
 
     def rest(self) -> None:
-        """The attempt ended without a verdict, and nobody works on it: the worker keeps the delivery and calls
-        `start()` again before the next attempt. A partition that is taken away need not wait for it."""
+        """The attempt ended without a verdict: the worker keeps the delivery and calls `start()` again before
+        the next one. A partition that is taken away need not wait for it."""
         ...
 
     def drop(self) -> None:
@@ -56,7 +56,7 @@ class Subscription(Protocol):
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended this subscription for good (a deleted queue, refused credentials), else None."""
+        """What ended this subscription for good (refused access to a topic, for example), else None."""
         ...
 
     @property

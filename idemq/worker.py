@@ -190,6 +190,8 @@ class Worker:
         self._feeds = feeds
         self._clock = Clock()
         self.failure: BaseException | None = None
+        #: Those that run, once `run` was called.
+        self.consumers: list[ConsumerWorker] = []
 
     def stop(self) -> None:
         """Stop in order; may be called from a signal handler or another thread."""
@@ -203,8 +205,9 @@ class Worker:
         """
         loop = EventLoop() if any(isinstance(engine, AsyncEngine) for _, engine in self._feeds) else None
         workers = [ConsumerWorker(feed, engine, self._clock, loop) for feed, engine in self._feeds]
-        self._clock.later(1.0, lambda: self._watch(workers))
-        self._clock.later(REPORT_EVERY, lambda: self._report(workers))
+        self.consumers = workers
+        self._clock.later(1.0, self._watch)
+        self._clock.later(REPORT_EVERY, self._report)
         started()
         self._clock.run()
         log.info("stopping: finishing what was begun (at most %.0f s)", grace)
@@ -213,22 +216,25 @@ class Worker:
         end = time.monotonic() + grace
         late = [worker for worker in workers if not worker.close(max(0.0, end - time.monotonic()))]
         if loop is not None and not late:
+            for _, engine in self._feeds:
+                if isinstance(engine, AsyncEngine):
+                    loop.run(engine.dispose())  # its connections belong to this loop
             loop.close()
         return not late
 
-    def _watch(self, workers: Sequence[ConsumerWorker]) -> None:
-        for worker in workers:
+    def _watch(self) -> None:
+        for worker in self.consumers:
             if worker.subscription.failure is not None:
                 self.failure = worker.subscription.failure
                 log.error("%s: cannot go on: %s", worker.feed.consumer.name, self.failure)
                 self._clock.stop()
                 return
-        self._clock.later(1.0, lambda: self._watch(workers))
+        self._clock.later(1.0, self._watch)
 
-    def _report(self, workers: Sequence[ConsumerWorker]) -> None:
-        for worker in workers:
+    def _report(self) -> None:
+        for worker in self.consumers:
             worker.report()
-        self._clock.later(REPORT_EVERY, lambda: self._report(workers))
+        self._clock.later(REPORT_EVERY, self._report)
 
 
 def _pause(releases: int) -> float:

@@ -76,9 +76,11 @@ def _mariadb(image: str) -> Iterator[str]:
 
 @contextmanager
 def _rabbitmq(image: str) -> Iterator[str]:
-    from testcontainers.community.rabbitmq import RabbitMqContainer
+    from testcontainers.core.container import DockerContainer
+    from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
-    with RabbitMqContainer(image) as started:
+    ready = LogMessageWaitStrategy("Server startup complete").with_startup_timeout(90)
+    with DockerContainer(image).with_exposed_ports(5672).waiting_for(ready) as started:
         yield f"amqp://guest:guest@{started.get_container_host_ip()}:{started.get_exposed_port(5672)}//"
 
 
@@ -91,13 +93,20 @@ def _kafka(image: str) -> Iterator[str]:
     container = (
         DockerContainer(image)
         .with_bind_ports(9092, port)
-        .with_env("KAFKA_LISTENERS", "PLAINTEXT://0.0.0.0:9092,CONTROLLER://0.0.0.0:9093")
-        .with_env("KAFKA_ADVERTISED_LISTENERS", f"PLAINTEXT://localhost:{port}")
+        .with_env(
+            "KAFKA_LISTENERS", "PLAINTEXT://0.0.0.0:9092,INTERNAL://0.0.0.0:9094,CONTROLLER://0.0.0.0:9093"
+        )
+        # The broker reaches itself, for transactions, by the second: the host's port is closed inside.
+        .with_env("KAFKA_ADVERTISED_LISTENERS", f"PLAINTEXT://localhost:{port},INTERNAL://localhost:9094")
+        .with_env("KAFKA_INTER_BROKER_LISTENER_NAME", "INTERNAL")
         .with_env("KAFKA_PROCESS_ROLES", "broker,controller")
         .with_env("KAFKA_NODE_ID", "1")
         .with_env("KAFKA_CONTROLLER_QUORUM_VOTERS", "1@localhost:9093")
         .with_env("KAFKA_CONTROLLER_LISTENER_NAMES", "CONTROLLER")
-        .with_env("KAFKA_LISTENER_SECURITY_PROTOCOL_MAP", "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT")
+        .with_env(
+            "KAFKA_LISTENER_SECURITY_PROTOCOL_MAP",
+            "CONTROLLER:PLAINTEXT,INTERNAL:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+        )
         .with_env("KAFKA_OFFSETS_TOPIC_REPLICATION_FACTOR", "1")
         .with_env("KAFKA_TRANSACTION_STATE_LOG_REPLICATION_FACTOR", "1")
         .with_env("KAFKA_TRANSACTION_STATE_LOG_MIN_ISR", "1")
@@ -112,7 +121,7 @@ _STARTERS = {"postgres": _postgres, "mariadb": _mariadb, "rabbitmq": _rabbitmq, 
 
 
 def eventually(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
-    """Wait until `condition` is true; for things outside this process that send no event. Fails after `seconds`."""
+    """Wait until `condition` is true, for things outside this process that send no event; else fail."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

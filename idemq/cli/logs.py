@@ -23,6 +23,8 @@ def configure(kind: Format) -> None:
     handler.setFormatter(_Json() if kind is Format.json else formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("idemq").setLevel(logging.INFO)
+    # While a broker is away it logs many errors a second; idemq says the same in one line each try.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
 
 
 class _Json(logging.Formatter):
