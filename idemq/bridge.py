@@ -25,8 +25,13 @@ async def uninterrupted(step: Awaitable[T]) -> T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait({task})
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError:
+                pass  # told once more; it is raised below all the same
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio complains that nobody did
         raise
 
 
@@ -61,19 +66,15 @@ class Threads(Generic[T]):
         for item in items:
             self._queue.put(item)
 
-    def stop(self) -> list[T]:
-        """Let the lanes end after their present item; returns what nobody had begun."""
-        left: list[T] = []
+    def stop(self, drop: Callable[[T], None]) -> None:
+        """Let the lanes end after their present item, and drop what nobody has begun."""
         try:
-            while True:
-                item = self._queue.get_nowait()
-                if item is not None:
-                    left.append(item)
+            while (item := self._queue.get_nowait()) is not None:
+                drop(item)
         except Empty:
             pass
         for _ in self._threads:
             self._queue.put(None)
-        return left
 
     def join(self, timeout: float) -> bool:
         """Whether all lanes ended within `timeout` seconds."""
@@ -114,7 +115,6 @@ class Tasks(Generic[T]):
         self._loop = loop.loop
         self._queue: asyncio.Queue[T | None] = asyncio.Queue()
         self._make = make
-        self._count = count
         self._futures = [asyncio.run_coroutine_threadsafe(self._run(), self._loop) for _ in range(count)]
 
     def put(self, items: Sequence[T]) -> None:
@@ -124,20 +124,15 @@ class Tasks(Generic[T]):
         for item in items:
             self._queue.put_nowait(item)
 
-    def stop(self) -> list[T]:
-        return asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+    def stop(self, drop: Callable[[T], None]) -> None:
+        self._loop.call_soon_threadsafe(self._stop, drop)
 
-    async def _stop(self) -> list[T]:
-        left: list[T] = []
+    def _stop(self, drop: Callable[[T], None]) -> None:
         while not self._queue.empty():
             item = self._queue.get_nowait()
             if item is not None:
-                left.append(item)
-        self._put_ends()
-        return left
-
-    def _put_ends(self) -> None:
-        for _ in range(self._count):
+                drop(item)
+        for _ in self._futures:
             self._queue.put_nowait(None)
 
     def join(self, timeout: float) -> bool:

@@ -61,6 +61,8 @@ class ConsumerWorker:
     ) -> None:
         self.feed = feed
         self.counts: Counter[str] = Counter()
+        #: What ended a lane: a bug, or an exception that no handler may raise. The process must not go on.
+        self.crash: BaseException | None = None
         self._clock = clock
         self._lock = threading.Lock()
         self._stopping = False
@@ -142,8 +144,7 @@ class ConsumerWorker:
         """Take no more deliveries, and begin no more attempts."""
         self._stopping = True
         self.subscription.pause()
-        for item in self._lanes.stop():
-            item.delivery.drop()
+        self._lanes.stop(lambda item: item.delivery.drop())
 
     def close(self, grace: float) -> bool:
         """Wait for the attempts under way, settle, and leave. False: an attempt did not end in time."""
@@ -160,9 +161,13 @@ class _Lane:
         self._unit = SyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
 
     def run(self, item: Item) -> None:
-        job = self._worker.take(item)
-        if job is not None:
-            self._worker.settle(item, self._unit.run(job))
+        try:
+            job = self._worker.take(item)
+            if job is not None:
+                self._worker.settle(item, self._unit.run(job))
+        except BaseException as error:
+            self._worker.crash = error
+            raise
 
     def close(self) -> None:
         self._unit.close()
@@ -175,9 +180,13 @@ class _AsyncLane:
         self._unit = AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
 
     async def run(self, item: Item) -> None:
-        job = self._worker.take(item)
-        if job is not None:
-            self._worker.settle(item, await self._unit.run(job))
+        try:
+            job = self._worker.take(item)
+            if job is not None:
+                self._worker.settle(item, await self._unit.run(job))
+        except BaseException as error:
+            self._worker.crash = error
+            raise
 
     async def close(self) -> None:
         await self._unit.close()
@@ -224,8 +233,8 @@ class Worker:
 
     def _watch(self) -> None:
         for worker in self.consumers:
-            if worker.subscription.failure is not None:
-                self.failure = worker.subscription.failure
+            self.failure = worker.crash or worker.subscription.failure
+            if self.failure is not None:
                 log.error("%s: cannot go on: %s", worker.feed.consumer.name, self.failure)
                 self._clock.stop()
                 return
