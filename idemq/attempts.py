@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
+from tenacity import wait_exponential, wait_random
 
 from idemq.bridge import uninterrupted
 from idemq.failures import Job
-from idemq.message import Verdict
+from idemq.message import Release, Verdict
 from idemq.payload import decode
-from idemq.process import Consumer, Unit, released
+from idemq.process import Consumer, Unit, released, throw_away
+
+#: A connection that two processes share would mix their answers; the child must make its own engine and unit.
+FORKED = "this process was forked from the one that connected to the database: start it anew (spawn, not fork)"
+
+#: How long a message that was not done rests before it is tried again, in seconds.
+PAUSE = wait_exponential(multiplier=0.1, max=30) + wait_random(0, 0.1)
 
 
 class SyncUnit:
@@ -23,13 +31,15 @@ class SyncUnit:
         self._engine, self._consumer = engine, consumer
         self._number, self._trigger = number, trigger
         self._unit: Unit | None = None
+        self._process = os.getpid()
 
     def run(self, job: Job) -> Verdict:
         """One attempt. Never raises an Exception."""
         try:
+            if self._process != os.getpid():
+                return Release(FORKED)
             if self._unit is None:
-                connection = self._engine.connect()
-                self._unit = Unit(self._consumer, self._number, connection, trigger=self._trigger)
+                self._unit = self._open()
             return self._attempt(self._unit, job)
         except BaseException as error:
             self._discard()
@@ -39,6 +49,14 @@ class SyncUnit:
         finally:
             if self._unit is not None and self._unit.spoiled:
                 self._discard()
+
+    def _open(self) -> Unit:
+        connection = self._engine.connect()
+        try:
+            return Unit(self._consumer, self._number, connection, trigger=self._trigger)
+        except BaseException:
+            throw_away(connection)
+            raise
 
     def _attempt(self, unit: Unit, job: Job) -> Verdict:
         verdict = unit.begin(job)
@@ -65,7 +83,7 @@ class SyncUnit:
             self._unit = None
 
     def close(self) -> None:
-        if self._unit is not None:
+        if self._unit is not None and self._process == os.getpid():
             self._unit.close()
             self._unit = None
 
@@ -87,10 +105,13 @@ class AsyncUnit:
         self._number, self._trigger = number, trigger
         self._connection: AsyncConnection | None = None
         self._unit: Unit | None = None
+        self._process = os.getpid()
 
     async def run(self, job: Job) -> Verdict:
         """One attempt. Raises only the cancellation of the task that runs it."""
         try:
+            if self._process != os.getpid():
+                return Release(FORKED)
             if self._connection is None or self._unit is None:
                 self._connection = connection = await self._engine.connect()
                 self._unit = await connection.run_sync(
@@ -131,13 +152,15 @@ class AsyncUnit:
     async def _discard(self) -> None:
         unit, self._unit = self._unit, None
         connection, self._connection = self._connection, None
-        if connection is not None and unit is not None:
-            await uninterrupted(connection.run_sync(lambda _: unit.discard()))
+        if connection is not None:
+            await uninterrupted(
+                connection.run_sync(lambda sync: unit.discard() if unit is not None else throw_away(sync))
+            )
 
     async def close(self) -> None:
         unit, self._unit = self._unit, None
         connection, self._connection = self._connection, None
-        if connection is not None and unit is not None:
+        if connection is not None and unit is not None and self._process == os.getpid():
             await connection.run_sync(lambda _: unit.close())
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from tenacity import RetryCallState, Retrying, wait_exponential, wait_random
+from tenacity import RetryCallState, Retrying
 
-from idemq.attempts import AsyncUnit, SyncUnit
+from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
 from idemq.bridge import Clock, EventLoop, Tasks, Threads
 from idemq.broker import Delivery, Source, Subscription
 from idemq.failures import Job
@@ -26,8 +26,6 @@ from idemq.process import Consumer
 
 log = logging.getLogger("idemq.worker")
 
-#: How long a released delivery rests before it is tried again, in seconds.
-PAUSE = wait_exponential(multiplier=0.1, max=30) + wait_random(0, 0.1)
 #: Seconds between two lines about a consumer's progress.
 REPORT_EVERY = 60.0
 
