@@ -178,25 +178,32 @@ class Guard:
     def _make_shadows(self, raw_connections: set[Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Refuse `commit` and `close` on every object that leads to the driver and allows that.
 
-        The driver's rollback goes through, because a Session needs it to recover from a failed flush, but is
-        remembered: what comes after it would be in another transaction than the claim.
+        The driver's rollback goes through, because a Session needs it to recover from a failed flush, and so
+        does its close, which SQLAlchemy calls after a lost connection or a cancellation: refused, the
+        transaction would stay open and keep its locks. Both undo everything, and are remembered: what comes
+        after them would not be in the transaction of the claim.
         """
 
         def refusing(what: str) -> Callable[..., None]:
             return lambda *_, **__: self._refuse(f"the handler may not {what} the connection it was lent")
 
-        def noting(original: Callable[..., Any]) -> Callable[..., Any]:
-            def rollback(*arguments: Any, **options: Any) -> Any:
-                self._broken = self._broken or "the handler rolled the transaction back"
+        def noting(original: Callable[..., Any], what: str) -> Callable[..., Any]:
+            def undoing(*arguments: Any, **options: Any) -> Any:
+                self._broken = self._broken or what
                 return original(*arguments, **options)
 
-            return rollback
+            return undoing
 
-        refused = {"commit": refusing("commit"), "close": refusing("close")}
-        shadows = [(self._connection.__dict__, {**refused, "rollback": refusing("roll back")})]
+        commit = {"commit": refusing("commit")}
+        ending = {**commit, "close": refusing("close"), "rollback": refusing("roll back")}
+        shadows = [(self._connection.__dict__, ending)]
         for raw in raw_connections:
             if hasattr(raw, "__dict__"):
-                shadows.append((raw.__dict__, {**refused, "rollback": noting(raw.rollback)}))
+                undoing = {
+                    "rollback": noting(raw.rollback, "the handler rolled the transaction back"),
+                    "close": noting(raw.close, "the connection was closed before the handler returned"),
+                }
+                shadows.append((raw.__dict__, {**commit, **undoing}))
         return shadows
 
 
