@@ -18,7 +18,9 @@ from idemq.payload import decode
 from idemq.process import Consumer, Unit, released, throw_away
 
 #: A connection that two processes share would mix their answers; the child must make its own engine and unit.
-FORKED = "this process was forked from the one that connected to the database: start it anew (spawn, not fork)"
+FORKED = (
+    "this process was forked from the one that connected to the database: start it anew (spawn, not fork)"
+)
 
 #: How long a message that was not done rests before it is tried again, in seconds.
 PAUSE = wait_exponential(multiplier=0.1, max=30) + wait_random(0, 0.1)

@@ -8,16 +8,18 @@ unexpected is a `Release`: the message is tried again, and its claim then tells 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import RootTransaction
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from idemq.drivers import is_transient, kind_of
+from idemq.drivers import error_code, is_transient, kind_of
 from idemq.errors import BadMessage, BrokeTransaction, InFlight, Reject, SetupError
 from idemq.failures import CONFLICT, REJECTED, Job, bury
 from idemq.guard import Guard
@@ -75,6 +77,9 @@ def begin(connection: Connection) -> RootTransaction:
     """Start a transaction; on SQLite one that has the write lock from the start (never a failing upgrade)."""
     transaction = connection.begin()
     if kind_of(connection.dialect) == "sqlite":
+        raw: Any = connection.connection.driver_connection
+        if raw.in_transaction:  # the engine's own events began one, most often without the write lock
+            connection.exec_driver_sql("ROLLBACK")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     return transaction
 
@@ -128,7 +133,10 @@ class Unit:
         except Exception as error:
             return self.fail(job, session, error)
         job.tokens.discard(self._token)  # whatever comes back: a claim found from here on is committed work
-        return self._commit(session, Ack())
+        verdict = self._commit(session, Ack())
+        if isinstance(verdict, Release) and verdict.failed:  # a constraint that is checked by COMMIT
+            job.failures += 1
+        return verdict
 
     def _commit(self, session: Session | None, verdict: Verdict) -> Verdict:
         assert self._transaction is not None
@@ -179,18 +187,23 @@ class Unit:
         """Throw the connection away; the server rolls back what it had open. Never raises."""
         try:
             self._guard.end()
-            self.connection.invalidate()
-        except Exception:
-            pass  # it was gone already
-        try:
-            self.connection.close()
         except Exception:
             pass
+        throw_away(self.connection)
 
     def close(self) -> None:
         """Give the connection back to its pool."""
         self._guard.end()
         self.connection.close()
+
+
+def throw_away(connection: Connection) -> None:
+    """Close it for good instead of giving it back to its pool. Never raises."""
+    for step in (connection.invalidate, connection.close):
+        try:
+            step()
+        except Exception:
+            pass  # it was gone already
 
 
 def allow_commit(connection: Connection) -> None:
@@ -204,5 +217,23 @@ def released(error: BaseException) -> Release:
 
 
 def _words(error: BaseException) -> str:
-    cause: object = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    return f"{type(cause).__name__}: {str(cause).strip()}"
+    """What a log line may say: no statement, no parameters, no row, no value out of a database's error."""
+    if not isinstance(error, StatementError):
+        return f"{type(error).__name__}: {_text(error)}"
+    cause = error.orig if error.orig is not None else error
+    text = (_text(cause).splitlines() or [""])[0]
+    if not isinstance(error, DBAPIError) or str(error_code(error)).startswith("22"):
+        text = "a value does not fit" if not isinstance(error, DBAPIError) else _VALUE.sub("...", text)
+    elif isinstance(error, DataError | IntegrityError):  # PostgreSQL puts the names of constraints in "..."
+        text = re.sub("'[^']*'", "...", text)
+    return f"{type(cause).__name__}: {text}"
+
+
+_VALUE = re.compile("'.*'|\".*\"")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).strip()
+    except Exception:  # the user's own class may fail at it
+        return "(it cannot be printed)"
