@@ -28,6 +28,9 @@ from idemq.kafka_connect import (
     ssl_options,
     told,
 )
+from idemq.kafka_process import process as process
+from idemq.kafka_process import process_sync as process_sync
+from idemq.kafka_process import release as release
 
 T = TypeVar("T")
 

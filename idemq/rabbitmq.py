@@ -28,6 +28,7 @@ from idemq.amqp_consumer import QueueSubscription, refuse_fork
 from idemq.amqp_link import Link
 from idemq.amqp_url import addresses, description_of
 from idemq.broker import Deliver
+from idemq.kombu_callback import wrap as wrap
 
 #: The largest `prefetch`: every unsettled delivery is held in memory.
 MOST_PREFETCH = 1000
