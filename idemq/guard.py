@@ -21,43 +21,61 @@ from idemq.drivers import error_code, kind_of, note_transaction, status_reader
 from idemq.errors import BrokeTransaction
 from idemq.ledger import Claim
 
+_QUOTED = r"|'(?:[^'\\]|''|\\.)*'|\"(?:[^\"\\]|\"\"|\\.)*\"|`[^`]*`"
+_PLAIN = r"|'[^']*'|\"[^\"]*\""
+#: PostgreSQL's comments nest; three levels are looked into.
+_COMMENT = r"/\*(?:[^/*]|/(?!\*)|\*(?!/)|{})*\*/"
+_NESTED = _COMMENT.format(_COMMENT.format(_COMMENT.format(r"(?!)")))
 #: What may hide a keyword or a semicolon: comments, strings, quoted names. MySQL's executable comments
-#: `/*! ... */` are code, so only their markers are taken away.
-_HIDING_MYSQL = re.compile(
-    r"--(?=\s|$)[^\n]*|\#[^\n]*|/\*(?!M?!).*?\*/|/\*M?!\d*|\*/"
-    r"|'(?:[^'\\]|''|\\.)*'|\"(?:[^\"\\]|\"\"|\\.)*\"|`[^`]*`",
-    re.DOTALL,
+#: `/*! ... */` are code, so only their markers are taken away; its plain strings know backslashes.
+_MYSQL = re.compile(r"--(?=\s|$)[^\n]*|\#[^\n]*|/\*(?!M?!).*?\*/|/\*M?!\d*|\*/" + _QUOTED, re.DOTALL)
+_POSTGRESQL = re.compile(
+    rf"--[^\n]*|{_NESTED}|\$((?:[A-Za-z_]\w*)?)\$.*?\$\1\$|\b[eE]'(?:[^'\\]|''|\\.)*'{_PLAIN}", re.DOTALL
 )
-#: The same where a backslash in a plain string is an ordinary character (standard SQL).
-_HIDING = re.compile(
-    r"--[^\n]*|/\*.*?\*/|\$((?:[A-Za-z_]\w*)?)\$.*?\$\1\$|\b[eE]'(?:[^'\\]|''|\\.)*'|'[^']*'|\"[^\"]*\"|`[^`]*`",
-    re.DOTALL,
-)
-#: What a nested comment leaves behind may stand before the keyword.
+_SQLITE = re.compile(rf"--[^\n]*|/\*.*?\*/|`[^`]*`|\[[^\]]*\]{_PLAIN}", re.DOTALL)
+_HIDING = {"postgresql": _POSTGRESQL, "mysql": _MYSQL, "mariadb": _MYSQL, "sqlite": _SQLITE}
+
+#: What a deeper comment leaves behind may stand before the keyword.
 _ENDING = re.compile(
     r"[\s*/]*(?:COMMIT|END|ABORT|BEGIN|START\s+TRANSACTION|PREPARE\s+TRANSACTION"
-    r"|SET\s+(?:\w+\s+)?[@\w.]*autocommit|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b",
+    r"|ROLLBACK(?!\s+(?:WORK\s+|TRANSACTION\s+)?TO\b))\b",
     re.IGNORECASE,
 )
 #: Statements that commit by themselves on MySQL and MariaDB, or run a text that may.
 _ENDING_MYSQL = re.compile(
     r"[\s*/]*(?:(?:CREATE|DROP)(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY\b)|ALTER|RENAME|TRUNCATE|LOCK|UNLOCK|CALL"
-    r"|GRANT|REVOKE|ANALYZE|OPTIMIZE|REPAIR|CHECK|FLUSH|RESET|CACHE|LOAD|INSTALL|UNINSTALL|XA|PREPARE|EXECUTE"
-    r"|SET\s+PASSWORD|CHANGE|STOP|START)\b",
-    re.IGNORECASE,
+    r"|GRANT|REVOKE|ANALYZE\s+(?:\w+\s+)?TABLE|OPTIMIZE|REPAIR|CHECK|FLUSH|RESET|CACHE|LOAD\s+INDEX|INSTALL"
+    r"|UNINSTALL|XA|PREPARE|EXECUTE|SET\s+PASSWORD|CHANGE|STOP|START"
+    r"|SET\b.*?(?:@@|(?<![@\w]))(?:\w+\s*\.\s*)?autocommit\s*:?=)",
+    re.IGNORECASE | re.DOTALL,
 )
+#: The statements between this and END belong to a definition; nothing is run.
+_DEFINITION = re.compile(
+    r"\s*CREATE\b.*\b(?:TRIGGER|FUNCTION|PROCEDURE)\b.*\bBEGIN\b", re.IGNORECASE | re.DOTALL
+)
+_END = re.compile(r"\s*END\b", re.IGNORECASE)
 
 
 def ends_transaction(sql: str, kind: str) -> bool:
     """Whether one of the statements in `sql` would end (or start) a transaction on this kind of database."""
     mysql = kind in ("mysql", "mariadb")
-    for statement in (_HIDING_MYSQL if mysql else _HIDING).sub(" ", sql).split(";"):
-        if _ENDING.match(statement) or (mysql and _ENDING_MYSQL.match(statement)):
+    defining = False
+    for statement in _HIDING[kind].sub(" ", sql).split(";"):
+        if defining:
+            defining = not _END.match(statement)
+        elif _ENDING.match(statement) or (mysql and _ENDING_MYSQL.match(statement)):
             return True
+        else:
+            defining = _DEFINITION.match(statement) is not None
     return False
 
 
 _remembered = lru_cache(2048)(ends_transaction)
+#: MySQL's errors that undo the whole transaction: a deadlock, a full lock table, a row that changed since the
+#: snapshot (MariaDB with `innodb_snapshot_isolation`). The timeout does so only when it is configured to.
+_UNDOING, _LOCK_TIMEOUT = (1213, 1206, 1020), 1205
+#: Drivers whose connections have a method `autocommit`, which commits.
+_SWITCHES = ("pymysql", "asyncmy")
 #: Texts longer than this are not worth keeping; they are looked at each time.
 _LONG = 4096
 
@@ -80,6 +98,9 @@ class Guard:
         self._kind = kind_of(connection.dialect)
         self._in_transaction = status_reader(connection)
         self._strict, self._trigger = strict, trigger
+        # A savepoint that is gone at the end tells of every other transaction. On SQLite it costs no round
+        # trip, and nothing else sees what the driver does by itself.
+        self._sentinel = connection.dialect.driver == "pysqlite" or (strict and self._kind != "postgresql")
         self._transaction: RootTransaction | None = None
         self._claim: Claim | None = None
         self._broken: str | None = None
@@ -90,11 +111,13 @@ class Guard:
         self.hold()
         _watch_errors(connection.engine)
         event.listen(connection, "before_cursor_execute", self._before)
+        event.listen(connection, "commit", self._before_commit)
 
     def end(self) -> None:
         """Stop watching; the connection is the caller's again."""
         self.take_back()
         event.remove(self._connection, "before_cursor_execute", self._before)
+        event.remove(self._connection, "commit", self._before_commit)
 
     def hold(self) -> None:
         """The running thread or task is the one that owns the connection between attempts."""
@@ -106,7 +129,7 @@ class Guard:
         self._broken = self._suspect = None
         self._transaction, self._claim = transaction, claim
         note_transaction(self._connection)
-        if self._strict and self._kind in ("mysql", "mariadb"):
+        if self._sentinel:
             self._connection.exec_driver_sql("SAVEPOINT idemq_guard")
         self._user = object()
         if self._exclusive:
@@ -139,16 +162,29 @@ class Guard:
             raise BrokeTransaction("the transaction was ended, or a database error was swallowed")
         if self._suspect is not None:
             self._ask(self._suspect)
-        if self._strict or self._trigger:
+        if self._sentinel or self._strict or self._trigger:
             self._verify_strictly()
 
+    def suspect(self, error: DBAPIError) -> None:
+        """A database error is only a suspicion: the handler may have recovered by a savepoint of its own."""
+        if self._kind == "sqlite":  # ON CONFLICT ROLLBACK; later work would begin anew
+            if not self._in_transaction():
+                self._broken = "a database error rolled the transaction back, and was swallowed"
+        elif self._kind == "postgresql" or (code := error_code(error)) == _LOCK_TIMEOUT:
+            self._suspect = "a database error was swallowed, and its transaction is undone"
+        elif code in _UNDOING:
+            self._broken = "a deadlock rolled the whole transaction back, and the error was swallowed"
+
     def _ask(self, suspicion: str) -> None:
-        if self._kind in ("mysql", "mariadb"):  # only a deadlock is noted, and that undid everything
-            raise BrokeTransaction(suspicion)
+        if self._connection.dialect.driver.startswith("psycopg"):  # its status has told already
+            return
+        question = "SELECT 1" if self._kind == "postgresql" else "SELECT @@innodb_rollback_on_timeout"
         try:
-            self._connection.exec_driver_sql("SELECT 1")
+            answer = self._connection.exec_driver_sql(question).scalar()
         except DBAPIError as error:
             raise BrokeTransaction(suspicion) from error
+        if answer and self._kind != "postgresql":
+            raise BrokeTransaction(suspicion)
 
     def _verify_strictly(self) -> None:
         connection = self._connection
@@ -158,7 +194,7 @@ class Guard:
                 query = f"SELECT pg_current_xact_id_if_assigned()::text{done}"
                 if connection.exec_driver_sql(query).scalar() != self._claim.xid:
                     raise BrokeTransaction("the handler's work is in another transaction than its claim")
-            elif self._strict and self._kind in ("mysql", "mariadb"):
+            elif self._sentinel:
                 connection.exec_driver_sql("RELEASE SAVEPOINT idemq_guard")
         except DBAPIError as error:
             raise BrokeTransaction("the transaction of the claim is gone") from error
@@ -171,39 +207,44 @@ class Guard:
             if look(sql, self._kind):
                 self._refuse(f"the handler may not end its transaction: {sql.strip()[:60]!r} was not sent")
 
+    def _before_commit(self, _connection: object) -> None:
+        # Raising here leaves the driver in its transaction: the connection is thrown away, which undoes it.
+        if self._user is not self:
+            self._refuse("the handler may not commit the transaction it was lent")
+        if self._exclusive and _working_for.get() is not self:
+            self._refuse("a thread or task that the handler left running committed")
+
     def _refuse(self, why: str) -> None:
         self._broken = why  # also when the handler swallows the error
         raise BrokeTransaction(why)
 
     def _make_shadows(self, raw_connections: set[Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Refuse `commit` and `close` on every object that leads to the driver and allows that.
+        """Refuse `commit` and its like on every object that leads to the driver and allows that.
 
-        The driver's rollback goes through, because a Session needs it to recover from a failed flush, and so
-        does its close, which SQLAlchemy calls after a lost connection or a cancellation: refused, the
-        transaction would stay open and keep its locks. Both undo everything, and are remembered: what comes
-        after them would not be in the transaction of the claim.
+        The driver's rollback and close go through, because a Session recovers from a failed flush by the one
+        and a pool throws a connection away by the other; both undo claim and work together. They are
+        remembered: what comes after them would be in another transaction than the claim.
         """
 
         def refusing(what: str) -> Callable[..., None]:
             return lambda *_, **__: self._refuse(f"the handler may not {what} the connection it was lent")
 
-        def noting(original: Callable[..., Any], what: str) -> Callable[..., Any]:
-            def undoing(*arguments: Any, **options: Any) -> Any:
-                self._broken = self._broken or what
+        def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+            def ending(*arguments: Any, **options: Any) -> Any:
+                self._broken = self._broken or "the handler rolled the transaction back"
                 return original(*arguments, **options)
 
-            return undoing
+            return ending
 
         commit = {"commit": refusing("commit")}
-        ending = {**commit, "close": refusing("close"), "rollback": refusing("roll back")}
-        shadows = [(self._connection.__dict__, ending)]
+        ours = {**commit, "rollback": refusing("roll back"), "close": refusing("close")}
+        shadows = [(self._connection.__dict__, ours)]
+        if self._connection.dialect.driver in _SWITCHES:
+            commit["autocommit"] = refusing("switch autocommit on")
         for raw in raw_connections:
             if hasattr(raw, "__dict__"):
-                undoing = {
-                    "rollback": noting(raw.rollback, "the handler rolled the transaction back"),
-                    "close": noting(raw.close, "the connection was closed before the handler returned"),
-                }
-                shadows.append((raw.__dict__, {**commit, **undoing}))
+                noted = {"rollback": noting(raw.rollback), "close": noting(raw.close)}
+                shadows.append((raw.__dict__, {**commit, **noted}))
         return shadows
 
 
@@ -223,12 +264,6 @@ def _watch_errors(engine: Engine) -> None:
 
 
 def _suspect(context: ExceptionContext) -> None:
-    """A database error is only a suspicion: the handler may have recovered by a savepoint of its own."""
     guard = _lent.get(context.connection) if context.connection is not None else None
-    error = context.sqlalchemy_exception
-    if guard is None or not isinstance(error, DBAPIError):
-        return
-    if kind_of(context.dialect) == "postgresql":
-        guard._suspect = "a database error was swallowed, and its transaction is aborted"
-    elif error_code(error) == 1213:
-        guard._suspect = "a deadlock rolled the whole transaction back, and the error was swallowed"
+    if guard is not None and isinstance(context.sqlalchemy_exception, DBAPIError):
+        guard.suspect(context.sqlalchemy_exception)
