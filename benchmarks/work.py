@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
-from sqlalchemy import Integer, Uuid
+from sqlalchemy import Column, Integer, Table, Uuid
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -27,16 +27,15 @@ class Posting(Base):
     payer: Mapped[str]
 
 
-class Inbox(Base):
-    """The claims of the hand-written loops: what a careful user would make, and nothing more."""
-
-    __tablename__ = "inbox"
-    consumer: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
-    id: Mapped[str] = mapped_column(Uuid(as_uuid=False), primary_key=True)
-
-
+#: The claims of the hand-written loops: what a careful user would make, and nothing more.
+INBOX = Table(
+    "inbox",
+    Base.metadata,
+    Column("consumer", Integer, primary_key=True, autoincrement=False),
+    Column("id", Uuid(as_uuid=False), primary_key=True),
+)
 #: One row, or none when the message was processed before.
-CLAIM = insert(Inbox).on_conflict_do_nothing().returning(Inbox.id)
+CLAIM = insert(INBOX).on_conflict_do_nothing().returning(INBOX.c.id)
 
 
 @dataclass(frozen=True, slots=True)
