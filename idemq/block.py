@@ -11,20 +11,22 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import ColumnElement, Connection, Engine, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from idemq import names, schema
-from idemq.drivers import kind_of
+from idemq.drivers import is_transient, kind_of
 from idemq.errors import BrokeTransaction, Conflict, SetupError
 from idemq.guard import Guard, is_lent
-from idemq.ledger import Claim, Ledger
+from idemq.ledger import WAIT, Claim, Ledger
 from idemq.message import Message, encoded, fingerprint_of, key_of, message_id
-from idemq.scopes import Scope
+from idemq.scopes import Scope, begin
 
 Id = str | UUID | int
 Body = bytes | str | None
 
 _BODILESS = Message(body=None)
 _ledgers: WeakKeyDictionary[Engine, dict[tuple[str | None, float], Ledger]] = WeakKeyDictionary()
+_numbers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
 _triggers: WeakKeyDictionary[Engine, dict[str | None, bool]] = WeakKeyDictionary()
 
 
@@ -122,6 +124,15 @@ class Block:
         except Exception:
             pass  # the connection is gone, and the server rolls back
 
+    def is_committed(self, connection: Connection) -> bool:
+        """Whether others see this block's claim, asked on another connection, outside a transaction."""
+        begin(connection)
+        try:
+            claim = claim_in(connection, self._request, self.number)
+            return claim.state == "duplicate" and claim.token == self.claim.token
+        finally:
+            connection.rollback()
+
     def _release(self) -> None:
         if self._guard is not None:
             self._guard.end()
@@ -177,3 +188,24 @@ def has_trigger(connection: Connection, database_schema: str | None) -> bool:
 
         known[database_schema] = has_strict(connection, database_schema)
     return known[database_schema]
+
+
+def registered(connection: Connection, consumer: str, database_schema: str | None) -> int:
+    """The consumer's number, known to be committed: new names get a transaction of their own."""
+    numbers = _numbers.setdefault(connection.engine, {})
+    name = (database_schema, consumer)
+    if name not in numbers:
+        Ledger(connection.dialect, database_schema, WAIT).check(connection)
+    for tries in range(5):
+        if name in numbers:
+            break
+        begin(connection)
+        try:
+            number = names.register(connection, consumer, (), database_schema)
+            connection.commit()
+            numbers[name] = number
+        except DBAPIError as error:  # somebody else registers it at the same time
+            connection.rollback()
+            if tries == 4 or not (isinstance(error, IntegrityError) or is_transient(error)):
+                raise
+    return numbers[name]

@@ -29,13 +29,12 @@ from tenacity import (
 )
 
 from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
-from idemq.block import has_trigger
+from idemq.block import has_trigger, registered
 from idemq.errors import NotSettled, SetupError
 from idemq.failures import Job
 from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
 from idemq.message import Ack, Dead, IdRule, Message, Release, Verdict
-from idemq.once import registered
 from idemq.process import Consumer, fingerprint_by, released
 from idemq.sessions import Maker, Sessions
 

@@ -19,25 +19,19 @@ from contextlib import (
     contextmanager,
 )
 from typing import Any, overload
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, StaticPool
-from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from idemq import names
-from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, request_of
+from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, registered, request_of
 from idemq.bridge import uninterrupted
-from idemq.drivers import is_transient
-from idemq.errors import SetupError
-from idemq.ledger import WAIT, Ledger
+from idemq.errors import BrokeTransaction, SetupError
+from idemq.ledger import WAIT
 from idemq.process import allow_commit
-from idemq.scopes import ConnectionScope, Scope, SessionScope, begin
+from idemq.scopes import ConnectionScope, Scope, SessionScope
 from idemq.work import AsyncEngineWork, EngineWork, Work
-
-_numbers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
-
 
 _Borrowed = Session | scoped_session[Any] | Connection
 _AsyncBorrowed = AsyncSession | async_scoped_session[Any] | AsyncConnection
@@ -213,36 +207,50 @@ def _leave(block: Block, work: Work, error: BaseException | None) -> None:
 @contextmanager
 def _on_engine(engine: Engine, request: Request) -> Iterator[EngineWork]:
     _refuse_shared(engine)
-    with engine.connect() as connection:
-        block, scope = _open(connection, request)
-        work = EngineWork(block, scope)
-        if not work.fresh:
-            connection.close()  # nobody waits for a connection while the answer is made
-        try:
-            yield work
-        except BaseException as error:
-            _leave(block, work, error)
+    begun: Block | None = None
+    try:
+        with engine.connect() as connection:
+            begun, scope = block, _ = _open(connection, request)
+            work = EngineWork(block, scope)
+            if not work.fresh:
+                connection.close()  # nobody waits for a connection while the answer is made
+            try:
+                yield work
+            except BaseException as error:
+                _leave(block, work, error)
+                raise
+            _commit(block, work, scope)
+    except BrokeTransaction as error:
+        if begun is None:
             raise
-        _commit(block, work, scope)
+        with engine.connect() as connection:
+            raise _told(connection, begun, error) from error
 
 
 @asynccontextmanager
 async def _on_async_engine(engine: AsyncEngine, request: Request) -> AsyncIterator[AsyncEngineWork]:
     _refuse_shared(engine.sync_engine)
-    async with engine.connect() as connection:
-        block, scope = await connection.run_sync(_open, request)
-        work = AsyncEngineWork(block, scope, connection)
-        if not work.fresh:
-            await connection.close()
-        try:
-            yield work
-        except BaseException as error:
-            failure = error
+    begun: Block | None = None
+    try:
+        async with engine.connect() as connection:
+            begun, scope = block, _ = await connection.run_sync(_open, request)
+            work = AsyncEngineWork(block, scope, connection)
+            if not work.fresh:
+                await connection.close()
+            try:
+                yield work
+            except BaseException as error:
+                failure = error
+                if work.fresh:
+                    await uninterrupted(connection.run_sync(lambda _: _leave(block, work, failure)))
+                raise
             if work.fresh:
-                await uninterrupted(connection.run_sync(lambda _: _leave(block, work, failure)))
+                await uninterrupted(connection.run_sync(lambda _: _commit(block, work, scope)))
+    except BrokeTransaction as error:
+        if begun is None:
             raise
-        if work.fresh:
-            await uninterrupted(connection.run_sync(lambda _: _commit(block, work, scope)))
+        async with engine.connect() as connection:
+            raise await connection.run_sync(_told, begun, error) from error
 
 
 def _refuse_shared(engine: Engine) -> None:
@@ -269,22 +277,14 @@ def _commit(block: Block, work: Work, scope: ConnectionScope) -> None:
         scope.session.close()
 
 
-def registered(connection: Connection, consumer: str, database_schema: str | None) -> int:
-    """The consumer's number, known to be committed: new names get a transaction of their own."""
-    numbers = _numbers.setdefault(connection.engine, {})
-    name = (database_schema, consumer)
-    if name not in numbers:
-        Ledger(connection.dialect, database_schema, WAIT).check(connection)
-    for tries in range(5):
-        if name in numbers:
-            break
-        begin(connection)
-        try:
-            number = names.register(connection, consumer, (), database_schema)
-            connection.commit()
-            numbers[name] = number
-        except DBAPIError as error:  # somebody else registers it at the same time
-            connection.rollback()
-            if tries == 4 or not (isinstance(error, IntegrityError) or is_transient(error)):
-                raise
-    return numbers[name]
+def _told(connection: Connection, block: Block, error: BrokeTransaction) -> BrokeTransaction:
+    """The error, with what became of the claim: after an early COMMIT a repeat would be skipped."""
+    try:
+        if block.fresh and block.is_committed(connection):
+            return BrokeTransaction(
+                f"{error}; its claim was committed with a part of the work, so that repeats will be skipped: "
+                "see what is missing"
+            )
+    except Exception:
+        pass  # the database cannot be asked now; the error itself says enough
+    return BrokeTransaction(str(error))
