@@ -43,9 +43,9 @@ _ENDING = re.compile(
 )
 #: Statements that commit by themselves on MySQL and MariaDB, or run a text that may.
 _ENDING_MYSQL = re.compile(
-    r"[\s*/]*(?:(?:CREATE|DROP)(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY\b)|ALTER|RENAME|TRUNCATE|LOCK|UNLOCK|CALL"
-    r"|GRANT|REVOKE|ANALYZE\s+(?:\w+\s+)?TABLE|OPTIMIZE|REPAIR|CHECK|FLUSH|RESET|CACHE|LOAD\s+INDEX|INSTALL"
-    r"|UNINSTALL|XA|PREPARE|EXECUTE|SET\s+PASSWORD|CHANGE|STOP|START"
+    r"[\s*/]*(?:(?:(?:CREATE|DROP)(?!\s+(?:OR\s+REPLACE\s+)?TEMPORARY\b)|ALTER|RENAME|TRUNCATE|LOCK|UNLOCK"
+    r"|CALL|GRANT|REVOKE|ANALYZE\s+(?:\w+\s+)?TABLE|OPTIMIZE|REPAIR|CHECK|FLUSH|RESET|CACHE|LOAD\s+INDEX"
+    r"|INSTALL|UNINSTALL|XA|PREPARE|EXECUTE|SET\s+PASSWORD|CHANGE|STOP|START)\b"
     r"|SET\b.*?(?:@@|(?<![@\w]))(?:\w+\s*\.\s*)?autocommit\s*:?=)",
     re.IGNORECASE | re.DOTALL,
 )

@@ -20,7 +20,7 @@ Stages = Callable[[str, bool], Stage]
 
 
 def settle(player: Player, identifier: uuid.UUID, sin: str, more: bool) -> tuple[Verdict, str]:
-    """Deliver the message with a sin, an innocent one on the same unit, then the first again until settled."""
+    """Deliver the message with a sin, an innocent one on the same unit, then the first again."""
     player.part.more, player.part.sin = more, sin
     job = player.consumer.job(message(str(identifier)))
     verdict, word, innocent = player.run(job), "acked", uuid.uuid4()
