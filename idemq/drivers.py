@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
-from sqlalchemy import URL, Connection, Dialect
+from sqlalchemy import URL, Connection, Dialect, Engine, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -147,6 +148,26 @@ def note_transaction(connection: Connection) -> None:
     if connection.dialect.driver == "pymysql":
         raw: Any = connection.connection.driver_connection
         raw.server_status |= _IN_TRANSACTION
+
+
+_undone: WeakSet[Engine] = WeakSet()
+
+
+def undo_before_close(engine: Engine) -> None:
+    """Have SQLite connections rolled back before a pool throws them away.
+
+    A statement that was cancelled may still be open (the claim's RETURNING), and SQLite keeps a closed
+    connection, its transaction and its lock on the file until the last statement is collected.
+    """
+    if engine.dialect.name == "sqlite" and engine not in _undone:
+        _undone.add(engine)
+
+        @event.listens_for(engine, "invalidate")
+        def _undo(connection: Any, _record: object, _error: object) -> None:
+            try:
+                connection.rollback()
+            except Exception:
+                pass  # it is closed already
 
 
 def refuse_autocommit(connection: Connection) -> None:

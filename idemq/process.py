@@ -19,7 +19,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from idemq.drivers import error_code, is_transient, kind_of
+from idemq.drivers import error_code, is_transient, kind_of, undo_before_close
 from idemq.errors import BadMessage, BrokeTransaction, InFlight, Reject, SetupError
 from idemq.failures import CONFLICT, REJECTED, Job, bury
 from idemq.guard import Guard
@@ -92,6 +92,7 @@ class Unit:
         self._consumer, self._number = consumer, number
         self._ledger = Ledger(connection.dialect, consumer.schema, consumer.wait)
         self._ledger.check(connection)
+        undo_before_close(connection.engine)
         self._guard = Guard(connection, strict=consumer.strict, trigger=trigger)
         self._trigger = trigger
         self._transaction: RootTransaction | None = None
