@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Table, insert, update
 
 from idemq import schema
 from idemq.ledger import Ledger
-from idemq.message import Ack, Dead, Message, Verdict, key_of
+from idemq.message import Ack, Dead, Message, Verdict
 
 #: `idemq_failed.state`.
 WAITING, DEAD = 1, 2
@@ -29,6 +29,9 @@ BROKE, CONFLICT, REJECTED = "broke its transaction", "conflict", "rejected"
 
 #: The longest error text that is kept, in characters; the middle is cut.
 MAX_ERROR = 20_000
+
+#: How deep header tables may be nested before the rest is left out.
+MAX_DEPTH = 100
 
 #: Headers that the broker changes from delivery to delivery.
 _PER_DELIVERY = ("x-delivery-count", "x-death", "x-acquired-count")
@@ -111,22 +114,23 @@ def _properties(message: Message) -> dict[str, Any]:
 
 
 def _identity(job: Job) -> bytes:
-    """What makes two copies of a message without a claim of its own the same."""
+    """What makes two copies of a message without a claim of its own the same.
+
+    A digest of a kind of its own: no id that somebody chooses can have it as its key.
+    """
     message = job.message
-    digest = blake2b(digest_size=32)
-    if job.key is not None:
-        digest.update(job.key)
-    elif "offset" in message.origin:
-        digest.update(packed(message.origin))
-    digest.update(b"\x00" if message.body is None else b"\x01" + message.body)
+    parts: dict[str, Any] = {"key": job.key, "tombstone": message.body is None}
     if job.key is None:
-        stable = {name: value for name, value in message.headers.items() if not _changes(name)}
-        digest.update(packed(stable) + packed(_properties(message)))
-    return key_of(digest.hexdigest())
+        parts["headers"] = {name: each for name, each in message.headers.items() if not _changes(name)}
+        parts["properties"] = _properties(message)
+        parts["origin"] = message.origin if "offset" in message.origin else None
+    digest = blake2b(packed(parts), digest_size=16, person=b"idemq identity")
+    digest.update(message.body or b"")  # last, because its length is not written
+    return digest.digest()
 
 
 def _changes(header: str) -> bool:
-    return header in _PER_DELIVERY or header.startswith("x-first-death-")
+    return header in _PER_DELIVERY or header.startswith(("x-first-death-", "x-last-death-"))
 
 
 def packed(values: Mapping[str, Any]) -> bytes:
@@ -134,7 +138,9 @@ def packed(values: Mapping[str, Any]) -> bytes:
     return msgspec.msgpack.encode(_plain(dict(values)))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        return "(nested too deep)"
     if isinstance(value, str):
         try:
             value.encode()
@@ -142,9 +148,9 @@ def _plain(value: Any) -> Any:
             return value.encode("utf-8", "surrogatepass")
         return value
     if isinstance(value, Mapping):
-        return {_name(name): _plain(each) for name, each in value.items()}
+        return {_name(name): _plain(each, depth + 1) for name, each in value.items()}
     if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_plain(each) for each in value]
+        return [_plain(each, depth + 1) for each in value]
     if isinstance(value, bool | int | float | bytes | bytearray | memoryview | datetime | None):
         big = isinstance(value, int) and not -(2**63) <= value < 2**64
         return str(value) if big else value

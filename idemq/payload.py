@@ -18,6 +18,8 @@ from idemq.message import Message
 #: The largest body after decompression, in bytes.
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
+_STEP = 1024 * 1024
+
 #: Content encodings that say nothing about compression (kombu puts the character set there).
 _PLAIN = frozenset({"", "identity", "binary", "utf-8", "utf8", "us-ascii", "ascii"})
 #: Names of compressed encodings, kombu's `compression` header included.
@@ -43,7 +45,7 @@ def decode(message: Message, decoder: Decoder) -> Any:
     body = decompress(message)
     try:
         return decoder(body)
-    except (ValueError, RecursionError) as error:  # msgspec's and pydantic's are ValueErrors; both bound depth
+    except (ValueError, RecursionError) as error:  # msgspec's and pydantic's are ValueErrors
         raise Unreadable(f"the body does not fit the payload type: {error}") from error
 
 
@@ -55,22 +57,51 @@ def decompress(message: Message) -> bytes:
         if encoding in _PLAIN:
             continue
         if encoding in _ZLIB:
-            body = _bounded(body, zlib.decompressobj(wbits=47).decompress)  # 47: a gzip or a zlib header
+            body = _bounded(body, _Inflate())
         elif encoding in _BZIP2:
-            body = _bounded(body, bz2.BZ2Decompressor().decompress)
+            body = _bounded(body, bz2.BZ2Decompressor())
         else:
             raise Unreadable(f"the content encoding {encoding[:60]!r} is not supported")
     return body
 
 
-def _bounded(body: bytes, run: Callable[[bytes, int], bytes]) -> bytes:
+class _Inflate:
+    """zlib's decompressor with the interface of bz2's."""
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(wbits=47)  # 47: a gzip or a zlib header
+
+    def decompress(self, data: bytes, limit: int) -> bytes:
+        return self._stream.decompress(self._stream.unconsumed_tail or data, limit)
+
+    @property
+    def eof(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._stream.unused_data
+
+
+def _bounded(body: bytes, stream: _Inflate | bz2.BZ2Decompressor) -> bytes:
+    """In steps, because zlib holds what one call returns twice."""
+    parts: list[bytes] = []
+    size = 0
     try:
-        plain = run(body, MAX_BODY_BYTES + 1)
+        while not stream.eof:
+            part = stream.decompress(body, _STEP)
+            body = b""
+            if not part and not stream.eof:
+                raise EOFError("it ends too early")
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise Unreadable(f"the body is over {MAX_BODY_BYTES} bytes after decompression")
     except (zlib.error, OSError, EOFError, ValueError) as error:
         raise Unreadable(f"the body cannot be decompressed: {error}") from error
-    if len(plain) > MAX_BODY_BYTES:
-        raise Unreadable(f"the body is over {MAX_BODY_BYTES} bytes after decompression")
-    return plain
+    if stream.unused_data:
+        raise Unreadable("the body goes on after its compressed part")
+    return b"".join(parts)
 
 
 def _refuse_other_types(content_type: str | None) -> None:
