@@ -103,7 +103,7 @@ def is_transient(error: BaseException) -> bool:
         busy, full, readonly, io = 5, 13, 8, 10
         if error.orig.__class__.__module__.startswith("sqlite3"):
             return code & 0xFF in (busy, 6, full, readonly, io, 14)
-        return code in (1040, 1205, 1213, 1021, 1114, 1290, 1836, 2002, 2003, 2006, 2013, 2055, 1053)
+        return code in (1040, 1205, 1213, 1020, 1021, 1114, 1290, 1836, 2002, 2003, 2006, 2013, 2055, 1053)
     return isinstance(error, OperationalError | InterfaceError) and code is None
 
 

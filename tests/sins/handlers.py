@@ -147,6 +147,14 @@ def deadlock_swallowed(scene: Scene) -> None:
         pass
 
 
+@sin(kinds=("mariadb",))
+def changed_row_swallowed(scene: Scene) -> None:
+    try:
+        changed_row(scene)
+    except DBAPIError:
+        pass
+
+
 @sin(kinds=("sqlite",))
 def insert_or_rollback_swallowed(scene: Scene) -> None:
     try:
@@ -393,6 +401,19 @@ def temporary_table(scene: Scene) -> None:
 @sin(allowed=KINDS)
 def words_that_look_like_an_ending(scene: Scene) -> None:
     scene.sql("SELECT '; commit', 1 AS rollback_note /* ; commit */ -- ; rollback\n")
+
+
+def changed_row(scene: Scene) -> None:
+    """MariaDB's error 1020, which undoes the whole transaction and is easily taken for one of a statement."""
+    tag = uuid.uuid4().bytes
+    engine = create_engine(scene.url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        session.add(Lockable(tag=tag, n=0))
+    scene.sql("SET SESSION innodb_snapshot_isolation = ON")
+    scene.sql("SELECT count(*) FROM lockable")
+    with engine.begin() as connection:
+        connection.execute(_touch(tag))
+    scene.session.execute(_touch(tag))
 
 
 def deadlock(scene: Scene) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -67,12 +68,16 @@ class Part:
     kill: Kill = "no"
     kind: str = ""
     plain: URL | None = None
+    #: What is done without swallowing its error.
+    scene: Callable[[Scene], None] | None = None
 
     def perform(self, session: Session, connection: Connection, message: Message) -> None:
         assert message.id is not None
         assert self.plain is not None
         scene = Scene(session, connection, bytes.fromhex(message.id.replace("-", "")), self.kind, self.plain)
         scene.write("before")
+        if self.scene is not None:
+            self.scene(scene)
         try:
             SINS[self.sin].commit(scene)
         except Exception:  # the worst handler swallows everything

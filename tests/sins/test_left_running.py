@@ -19,7 +19,7 @@ from idemq.handlers import read
 from idemq.message import Ack, Message, Release
 from idemq.process import Consumer
 from idemq.sessions import Sessions
-from tests.sins.handlers import Effect
+from tests.sins.handlers import Effect, Scene, changed_row, deadlock
 from tests.sins.play import Player, Stage, engine_of, found, message
 
 Stages = Callable[[str, bool], Stage]
@@ -153,6 +153,24 @@ def test_a_sessionmaker_with_binds_writes_in_the_transaction_of_the_claim(
         assert isinstance(player.run(job), Release)
         assert found(stage, identifier.bytes) == {"claim": 0, "dead": 0}
         player.part.sin = "nothing"
+        assert player.run(job) == Ack()
+    assert found(stage, identifier.bytes) == WHOLE
+
+
+@pytest.mark.hazard("H28")
+@pytest.mark.parametrize("driver", ["pymysql", "asyncmy"])
+@pytest.mark.parametrize("failure", [deadlock, changed_row])
+def test_an_undone_transaction_that_is_not_swallowed_is_no_failure_of_the_message(
+    driver: str, failure: Callable[[Scene], None], stages: Stages
+) -> None:
+    stage, identifier = stages(driver, False), uuid.uuid4()
+    with Player(stage) as player:
+        player.part.scene = failure
+        job = player.consumer.job(message(str(identifier)))
+        verdict = player.run(job)
+        assert isinstance(verdict, Release)
+        assert not verdict.failed
+        player.part.scene = None
         assert player.run(job) == Ack()
     assert found(stage, identifier.bytes) == WHOLE
 
