@@ -17,7 +17,7 @@ from idemq.broker import Source
 from idemq.errors import SetupError
 from idemq.handlers import read
 from idemq.ledger import WAIT
-from idemq.message import Message
+from idemq.message import IdRule, Message
 from idemq.process import Consumer, fingerprint_by
 from idemq.sessions import Maker, Sessions
 
@@ -25,6 +25,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Deliveries that a broker may hand over ahead, for each one that is worked on.
 PREFETCH_PER_LANE = 20
+
+#: Why a SQLite database must be a file.
+MEMORY = "a :memory: database or a StaticPool gives all threads one transaction; use a SQLite file"
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}\Z")
 
@@ -135,7 +138,7 @@ class App:
         time, 1 to 1,000. `wait`: seconds that a repeat waits for its twin in flight. `strict`: notice also
         a rollback through the driver that is followed by more work, for one more round trip.
         """
-        self._check_options(name, concurrency, prefetch, wait, unknown)
+        self._check_options(name, id, concurrency, prefetch, wait, unknown)
         options: dict[str, Any] = {}
         if fingerprint is not True:
             options["fingerprint"] = fingerprint_by(name, fingerprint)
@@ -166,13 +169,21 @@ class App:
         return declare
 
     def _check_options(
-        self, name: str, concurrency: int, prefetch: int | None, wait: float, unknown: Collection[str]
+        self,
+        name: str,
+        rule: IdRule | str | None,
+        concurrency: int,
+        prefetch: int | None,
+        wait: float,
+        unknown: Collection[str],
     ) -> None:
         known = ("id", "fingerprint", "concurrency", "prefetch", "wait", "strict", "known_as")
         for option in unknown:
             close = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
             raise SetupError(f"consumer {name!r}: unknown option {option!r}; {hint}")
+        if rule is not None and not callable(rule) and (not rule or not all(rule)):
+            raise SetupError(f"consumer {name!r}: id={rule!r} names no header")
         if not name or len(name.encode()) > 200:
             raise SetupError(f"consumer {name!r}: a name has 1 to 200 bytes")
         if name in self.consumers:
@@ -205,6 +216,8 @@ def _parsed(database: str | URL) -> URL:
         url = make_url(database)
     except Exception:
         raise SetupError("App(url): not a database URL such as postgresql+psycopg://host/db") from None
+    if _in_memory(url):
+        raise SetupError(MEMORY)
     try:
         drivers.require(drivers.url_for(url, asynchronous=False))
     except SetupError:
@@ -213,9 +226,12 @@ def _parsed(database: str | URL) -> URL:
 
 
 def _refuse_unsafe(engine: Engine | AsyncEngine) -> None:
-    url = engine.url
-    drivers.url_for(url, asynchronous=isinstance(engine, AsyncEngine))
+    asynchronous = isinstance(engine, AsyncEngine)
     sync = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    url = engine.url.set(drivername=f"{engine.dialect.name}+{engine.dialect.driver}")
+    if drivers.url_for(url, asynchronous=asynchronous).drivername != url.drivername:
+        right = "create_async_engine" if not asynchronous else "create_engine"
+        raise SetupError(f"the driver of {url.drivername} needs an engine by {right}")
     level = sync.get_execution_options().get("isolation_level") or getattr(
         sync.dialect, "_on_connect_isolation_level", None
     )
@@ -224,11 +240,14 @@ def _refuse_unsafe(engine: Engine | AsyncEngine) -> None:
             "the engine's isolation level is AUTOCOMMIT: claim and work would not commit together; "
             "give idemq an engine without it"
         )
-    memory = url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
-    if memory or isinstance(sync.pool, StaticPool):
-        raise SetupError(
-            "a :memory: database or a StaticPool gives all threads one transaction; use a SQLite file"
-        )
+    if _in_memory(url) or isinstance(sync.pool, StaticPool):
+        raise SetupError(MEMORY)
+
+
+def _in_memory(url: URL) -> bool:
+    named = url.database or ":memory:"
+    memory = ":memory:" in named or "mode=memory" in named or url.query.get("mode") == "memory"
+    return url.get_backend_name() == "sqlite" and memory
 
 
 def _prepare(engine: Engine) -> None:

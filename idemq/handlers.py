@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -51,8 +52,12 @@ class Handler:
 def read(function: Callable[..., Any], consumer: str) -> Handler:
     """Read the signature of `function`. Raises `SetupError` naming the consumer and the parameter."""
     target: Any = function
-    if not inspect.isroutine(function):  # a partial, or an object with __call__
-        target = getattr(function, "func", None) or type(function).__call__
+    bound: set[str] = set()
+    while isinstance(target, functools.partial):
+        bound |= set(target.keywords)
+        target = target.func
+    if not inspect.isroutine(target):  # an object with __call__
+        target = type(target).__call__
     if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
         raise SetupError(f"consumer {consumer!r}: the handler is a generator; it must return when it is done")
     asynchronous = inspect.iscoroutinefunction(target)
@@ -63,10 +68,13 @@ def read(function: Callable[..., Any], consumer: str) -> Handler:
             f"consumer {consumer!r}: the handler's annotation {error.name!r} cannot be found; "
             "import it at the top of the module, not under TYPE_CHECKING"
         ) from None
+    except Exception as error:
+        raise SetupError(f"consumer {consumer!r}: the handler's annotations: {error}") from None
     wants: dict[str, Kind] = {}
     payload: Any = None
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name not in hints and parameter.default is not parameter.empty:
+        left_alone = parameter.name not in hints and parameter.default is not parameter.empty
+        if left_alone or parameter.name in bound:
             continue
         kind = _kind(parameter, hints.get(parameter.name), asynchronous, consumer)
         if kind == "payload":
@@ -75,7 +83,10 @@ def read(function: Callable[..., Any], consumer: str) -> Handler:
             payload = hints[parameter.name]
         wants[parameter.name] = kind
     sessions = tuple(hints[name] for name, kind in wants.items() if kind == "session")
-    decoder = decoder_for(payload) if payload is not None else None
+    try:
+        decoder = decoder_for(payload) if payload is not None else None
+    except Exception as error:
+        raise SetupError(f"consumer {consumer!r}: {payload!r} cannot be decoded: {error}") from None
     return Handler(function, asynchronous, wants, decoder, sessions)
 
 
