@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any, Never, TypeVar
 from uuid import UUID
 
 from sqlalchemy import URL, Engine, StaticPool, create_engine, event, make_url
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 from idemq import drivers
 from idemq.broker import Source
@@ -79,6 +82,7 @@ class App:
         for engine in (self._engine, self._async_engine):
             if engine is not None:
                 _refuse_unsafe(engine)
+                _watch_forks(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
 
     @property
     def engine(self) -> Engine | None:
@@ -250,8 +254,23 @@ def _in_memory(url: URL) -> bool:
     return url.get_backend_name() == "sqlite" and memory
 
 
+def _watch_forks(engine: Engine) -> None:
+    """A connection that a forked child inherited is left alone there: two processes would mix its answers."""
+
+    @event.listens_for(engine, "connect")
+    def _connect(_connection: object, record: ConnectionPoolEntry) -> None:
+        record.info["idemq_process"] = os.getpid()
+
+    @event.listens_for(engine, "checkout")
+    def _checkout(_connection: object, record: ConnectionPoolEntry, fairy: PoolProxiedConnection) -> None:
+        if record.info.setdefault("idemq_process", os.getpid()) != os.getpid():
+            record.dbapi_connection = fairy.dbapi_connection = None  # type: ignore[misc]  # as its docs say
+            raise DisconnectionError("the connection belongs to the process that was forked")
+
+
 def _prepare(engine: Engine) -> None:
     """Settings of our own engines: SQLite with write-ahead log and full durability."""
+    _watch_forks(engine)
     if engine.dialect.name != "sqlite":
         return
 

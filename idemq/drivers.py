@@ -32,6 +32,12 @@ DRIVERS: dict[tuple[str, str], tuple[str, str, str]] = {
 ASYNC = frozenset({"asyncpg", "asyncmy", "aiosqlite", "psycopg"})
 SYNC = frozenset({"psycopg", "pymysql", "pysqlite"})
 
+#: Too many connections, disk or table full, changed since the snapshot, shutting down, lock timeout,
+#: deadlock, lock table full, read-only, connection killed, refused or lost.
+_TRANSIENT_MYSQL = frozenset(
+    {1020, 1021, 1040, 1053, 1114, 1203, 1205, 1206, 1213, 1290, 1836, 1927, 2002, 2003, 2006, 2013, 2055}
+)
+
 #: SERVER_STATUS_IN_TRANS of the MySQL protocol.
 _IN_TRANSACTION = 1
 
@@ -98,12 +104,13 @@ def is_transient(error: BaseException) -> bool:
         return True
     code = error_code(error)
     if isinstance(code, str) and len(code) == 5:
-        return code[:2] in ("08", "40", "53", "57") or code in ("55P03", "25006")
+        # 57014: a statement that takes too long takes as long the next time.
+        return (code[:2] in ("08", "40", "53", "57") and code != "57014") or code in ("55P03", "25006")
     if isinstance(code, int) and isinstance(error, OperationalError | InterfaceError):
         busy, full, readonly, io = 5, 13, 8, 10
         if error.orig.__class__.__module__.startswith("sqlite3"):
             return code & 0xFF in (busy, 6, full, readonly, io, 14)
-        return code in (1040, 1205, 1213, 1020, 1021, 1114, 1290, 1836, 2002, 2003, 2006, 2013, 2055, 1053)
+        return code in _TRANSIENT_MYSQL
     return isinstance(error, OperationalError | InterfaceError) and code is None
 
 

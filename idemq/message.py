@@ -30,7 +30,7 @@ class Message:
     """One message as the broker gave it: raw bytes, headers, and where it came from."""
 
     #: The raw bytes; None only for a Kafka tombstone.
-    body: bytes | None
+    body: bytes | None = field(repr=False)
     #: Header values as the broker's protocol gives them; Kafka's are text where they are UTF-8, else bytes.
     headers: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     #: The broker's own message id property, later the id that the consumer's `id=` rule found.

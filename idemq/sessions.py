@@ -26,12 +26,12 @@ class Sessions:
         options = dict(maker.kw) if maker is not None else {}
         self._sync_class: type[Session] = options.pop("sync_session_class", None) or Session
         self._async_class: type[AsyncSession] = AsyncSession
-        if isinstance(maker, sessionmaker):
-            self._sync_class = maker.class_
-        elif isinstance(maker, async_sessionmaker):
+        if maker is not None and issubclass(maker.class_, AsyncSession):  # of either kind of sessionmaker
             self._async_class = maker.class_
             if self._sync_class is Session:
                 self._sync_class = maker.class_.sync_session_class
+        elif maker is not None:
+            self._sync_class = maker.class_
         if self._sync_class.get_bind is not Session.get_bind:
             raise SetupError(
                 f"session=: {self._sync_class.__name__} overrides get_bind, and could write outside the "

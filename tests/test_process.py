@@ -16,6 +16,7 @@ from sqlalchemy import Engine, create_engine, event, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
+from idemq import App
 from idemq.attempts import AsyncUnit
 from idemq.message import Ack, Dead, Message, Release, Verdict
 from tests.core_tools import PROCESSED, REPEATED, Attempts, Shop, effects, message, on, write
@@ -301,6 +302,24 @@ def test_a_unit_that_a_forked_child_inherits_is_refused_there_and_whole_in_the_p
     assert len(shop.effects()) == 2
 
 
+@pytest.mark.hazard("H53")
+@on(("postgres", "psycopg"), ("mariadb", "pymysql"))
+def test_a_pooled_connection_that_a_forked_child_inherits_is_left_to_the_parent(shop: Shop) -> None:
+    engine = shop.new_engine()
+    assert isinstance(engine, Engine)
+    App(engine)
+    query = text("SELECT pg_backend_pid()" if shop.kind == "postgresql" else "SELECT CONNECTION_ID()")
+
+    def connected() -> int:
+        with engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    before = connected()
+    assert in_child(lambda: os._exit(0 if connected() != before else 1)) == 0
+    assert connected() == before
+    engine.dispose()
+
+
 _VOLATILE = (
     "timestamp",
     "last_insert_id",
@@ -439,9 +458,11 @@ def own_engine(url: Any, style: str) -> Engine:
 @pytest.mark.parametrize("style", ["plain", "BEGIN", "BEGIN IMMEDIATE"])
 @on(("sqlite", "pysqlite"))
 def test_four_processes_share_one_sqlite_file_without_failures(shop: Shop, style: str) -> None:
-    consumer = shop.consumer(
-        lambda given, session: (session.execute(select(effects)).first(), write(given, session))
-    )
+    def reading_first(given: Message, session: Session) -> None:
+        session.execute(select(effects)).first()
+        write(given, session)
+
+    consumer = shop.consumer(reading_first)
     shop.number()
 
     def child() -> None:
@@ -461,3 +482,35 @@ def test_four_processes_share_one_sqlite_file_without_failures(shop: Shop, style
     assert [each.exitcode for each in children] == [0] * 4
     assert len(shop.effects()) == len(set(shop.effects())) == shop.claims() == 500
     assert shop.dead() == []
+
+
+@on(("postgres", "psycopg"), ("postgres", "asyncpg"))
+def test_a_statement_that_takes_too_long_counts_as_a_failure(shop: Shop) -> None:
+    def slow(given: Message, session: Session) -> None:
+        session.execute(text("SET LOCAL statement_timeout = '20ms'"))
+        session.execute(text("SELECT pg_sleep(30)"))
+
+    verdict = shop.attempts(slow)(message())
+    assert isinstance(verdict, Release)
+    assert verdict.failed
+
+
+@pytest.mark.hazard("H29")
+@on(("mariadb", "pymysql"), ("mariadb", "asyncmy"))
+def test_a_row_that_changed_since_the_snapshot_is_tried_again_and_not_counted(shop: Shop) -> None:
+    engine = shop.new_engine(connect_args={"init_command": "SET innodb_snapshot_isolation = ON"})
+    with shop.engine.begin() as connection:
+        connection.execute(insert(effects).values(seq=1, mark="row"))
+    tries: list[str] = []
+
+    def overtaken(given: Message, session: Session) -> None:
+        session.execute(select(effects)).all()
+        if not tries:
+            with shop.engine.begin() as connection:
+                connection.execute(text("UPDATE effects SET mark = 'theirs'"))
+        tries.append("again")
+        session.execute(text("UPDATE effects SET mark = CONCAT(mark, ' and mine')"))
+
+    assert settled(shop.attempts(overtaken, engine=engine), message()) == PROCESSED
+    assert tries == ["again"] * 2
+    assert shop.effects() == ["theirs and mine"]
