@@ -96,7 +96,7 @@ class Block:
         """The block has ended well. Raises `BrokeTransaction` when claim and work are not together."""
         scope = self._scope
         try:
-            if scope.broken is None:
+            if scope.broken is None and scope.intact:
                 scope.flush()
             if self._guard is not None:
                 self._guard.verify()

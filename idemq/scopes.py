@@ -26,7 +26,9 @@ class Scope(Protocol):
 
     @property
     def intact(self) -> bool: ...
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Send what is pending; savepoints that the block left open become part of it."""
+
     def release(self) -> None:
         """Stop watching; the caller may do as it likes."""
 
@@ -40,34 +42,13 @@ class Scope(Protocol):
         """Nothing of the whole transaction stays, whatever state it is in."""
 
 
-class _Watched:
-    """Refuses the COMMIT of a connection's transaction, whoever has it sent."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.root = _root(connection)
-        self.broken: str | None = None
-        event.listen(connection, "commit", self._refuse)
-
-    def refuse(self, why: str) -> None:
-        self.broken = why
-        raise BrokeTransaction(why)
-
-    def _refuse(self, _connection: Connection) -> None:
-        # SQLAlchemy gives its transaction up when this raises, but the driver stays in it: see `undo_all`.
-        self.refuse("the block may not commit the transaction that it is in")
-
-    def release(self) -> None:
-        if event.contains(self.connection, "commit", self._refuse):
-            event.remove(self.connection, "commit", self._refuse)
-
-
-class ConnectionScope(_Watched):
+class ConnectionScope:
     """A block on a Connection; `session`, when there is one, is bound to it and ends with the block."""
 
     def __init__(self, connection: Connection, session: Session | None = None) -> None:
         inside = connection.in_transaction()
-        self.session = session
+        self.connection, self.session = connection, session
+        self.broken: str | None = None
         try:
             begin(connection)
             self._savepoint = connection.begin_nested() if inside else None
@@ -75,7 +56,7 @@ class ConnectionScope(_Watched):
             if not inside:
                 connection.rollback()
             raise
-        super().__init__(connection)
+        self.root = _root(connection)
 
     @property
     def intact(self) -> bool:
@@ -85,15 +66,16 @@ class ConnectionScope(_Watched):
     def flush(self) -> None:
         if self.session is not None:
             self.session.flush()
+            return
+        while (inner := self.connection.get_nested_transaction()) not in (None, self._savepoint):
+            inner.commit()
+
+    def release(self) -> None:
+        """Nothing: the guard watches the connection."""
 
     def keep(self) -> None:
-        if self._savepoint is None:
-            return
-        while (inner := self.connection.get_nested_transaction()) is not self._savepoint:
-            if inner is None:
-                raise BrokeTransaction("the block ended the savepoint of its claim")
-            inner.commit()
-        self._savepoint.commit()
+        if self._savepoint is not None:
+            self._savepoint.commit()
 
     def undo(self) -> None:
         if self.session is not None:
@@ -116,11 +98,12 @@ class ConnectionScope(_Watched):
         self.root.rollback()
 
 
-class SessionScope(_Watched):
+class SessionScope:
     """A block on the caller's Session."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.broken: str | None = None
         bind = session.get_bind()
         inside = session.in_transaction() or (isinstance(bind, Connection) and bind.in_transaction())
         connection = session.connection()
@@ -132,7 +115,7 @@ class SessionScope(_Watched):
             if not inside:
                 session.rollback()
             raise
-        super().__init__(connection)
+        self.connection, self.root = connection, _root(connection)
         self._transaction = session.get_transaction()
         event.listen(session, "before_commit", self._refuse_session)
         event.listen(session, "after_begin", self._look)
@@ -140,13 +123,17 @@ class SessionScope(_Watched):
     def _refuse_session(self, session: Session) -> None:
         """Called for savepoints too: the block's own ones pass."""
         if session.get_nested_transaction() in (None, self._savepoint):
-            self.refuse("the block may not commit the session; the caller does, after it")
+            self._refuse("the block may not commit the session; the caller does, after it")
 
     def _look(self, _session: Session, _transaction: object, connection: Connection) -> None:
         if connection is not self.connection:
-            self.refuse(
+            self._refuse(
                 "the session used a second connection in the block, which does not commit with the claim"
             )
+
+    def _refuse(self, why: str) -> None:
+        self.broken = why  # also when the block swallows the error
+        raise BrokeTransaction(why)
 
     @property
     def intact(self) -> bool:
@@ -156,9 +143,10 @@ class SessionScope(_Watched):
 
     def flush(self) -> None:
         self._session.flush()
+        while (inner := self._session.get_nested_transaction()) not in (None, self._savepoint):
+            inner.commit()
 
     def release(self) -> None:
-        super().release()
         if event.contains(self._session, "before_commit", self._refuse_session):
             event.remove(self._session, "before_commit", self._refuse_session)
             event.remove(self._session, "after_begin", self._look)
@@ -170,8 +158,12 @@ class SessionScope(_Watched):
     def undo(self) -> None:
         if self._savepoint is not None:
             self._savepoint.rollback()  # also after a failed flush, when it is no longer active
+            if not self.root.is_active:
+                raise BrokeTransaction("the transaction of the block is gone")
         else:
             self._session.rollback()
+            if not self.connection.closed and status_reader(self.connection)():
+                raise BrokeTransaction("the driver is still in a transaction")
 
     def undo_all(self) -> None:
         _cut(self.connection)

@@ -29,6 +29,7 @@ from idemq.inplace import InPlace
 from idemq.message import Ack, Release, key_of
 from idemq.work import AsyncEngineWork, EngineWork, Work
 from tests.once_tools import ASYNC, SYNC, Caller, Effect, caller, databases, effects, on, prepared
+from tests.proxy import Side, proxy
 
 __all__ = ["caller", "databases"]
 
@@ -322,3 +323,33 @@ def types_are_told_by_the_target(
             assert_type(lent, Work)
 
     return asynchronous
+
+
+@pytest.mark.hazard("H12")
+@pytest.mark.parametrize("lost", ["request", "reply"])
+@pytest.mark.parametrize("kind", ["postgres", "mariadb"])
+def test_a_doubt_at_the_commit_is_an_exception_and_the_next_call_finds_out(
+    databases: Callable[[str], tuple[URL, Engine]], kind: str, lost: Side
+) -> None:
+    url, direct = databases(kind)
+    assert url.host is not None
+    assert url.port is not None
+    with proxy(url.host, url.port) as between:
+        engine = create_engine(url.set(host="127.0.0.1", port=between.port))
+        with once(engine, f"shop {lost}", "the name is known"):
+            pass
+        answers: list[Any] = []
+        for _ in range(3):
+            try:
+                with once(engine, f"shop {lost}", "1") as work:
+                    if work.fresh:
+                        work.session.execute(insert(effects).values(mark=f"{kind} {lost}"))
+                    if not answers:
+                        between.cut(b"COMMIT", lost)
+                answers.append(work.fresh)
+            except DBAPIError:
+                answers.append("doubt")
+        engine.dispose()
+    assert answers == ["doubt", lost == "request", False]
+    with direct.connect() as connection:
+        assert list(connection.scalars(select(effects.c.mark))).count(f"{kind} {lost}") == 1

@@ -122,6 +122,24 @@ def test_a_block_with_its_own_transaction_may_not_end_it(caller: Caller, what: A
 
 
 @pytest.mark.hazard("H3")
+@on(*BORROWED)
+def test_a_refusal_that_is_turned_into_another_error_loses_nothing(caller: Caller) -> None:
+    def do(work: Work, connection: Connection, session: Session | None) -> None:
+        mark("before")(work, connection, session)
+        if session is not None:
+            session.flush()
+        try:
+            _transaction_commit(connection, session)
+        except BrokeTransaction:
+            raise OSError("something else") from None
+
+    with pytest.raises(OSError, match="something else"):
+        caller("1", do)
+    assert (caller.effects(), caller.claims()) == ([], 0)
+    assert caller("1") == (True, None)
+
+
+@pytest.mark.hazard("H3")
 @on(*SESSIONS)
 def test_a_swallowed_refusal_of_session_commit_still_loses_nothing(caller: Caller) -> None:
     with pytest.raises(BrokeTransaction, match="may not commit the session"):
