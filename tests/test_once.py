@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from idemq import Conflict, InFlight, NoId, SetupError, once
 from idemq.work import Work
-from tests.once_tools import BORROWED, EVERY, Caller, caller, databases, effects, mark, on
+from tests.once_tools import BORROWED, EVERY, Caller, Effect, caller, databases, effects, mark, on
 
 __all__ = ["caller", "databases"]
 
@@ -236,3 +236,31 @@ def test_a_target_that_is_none_is_named() -> None:
     target: Any = "postgresql://localhost"
     with pytest.raises(SetupError, match="str is no Engine, Session or Connection"):
         once(target, "shop", "1")
+
+
+@on(("postgres", "psycopg session open"), ("sqlite", "pysqlite engine"))
+def test_a_block_may_be_entered_used_and_left_in_different_threads(caller: Caller) -> None:
+    """As web frameworks do with a dependency."""
+    session = Session(caller.engine)
+    block: Any = once(session, "shop", "1") if "session" in caller.how else once(caller.engine, "shop", "1")
+    steps = [
+        block.__enter__,
+        lambda: session.add(Effect(mark="effect")),
+        session.flush,
+        lambda: block.__exit__(None, None, None),
+        session.commit,
+        session.close,
+    ]
+    if "engine" in caller.how:
+        work: list[Any] = []
+        steps = [
+            lambda: work.append(block.__enter__()),
+            lambda: work[0].session.add(Effect(mark="effect")),
+            lambda: work[0].session.flush(),
+            lambda: block.__exit__(None, None, None),
+        ]
+    for step in steps:
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+    assert (caller.effects(), caller.claims()) == (["effect"], 1)
