@@ -24,7 +24,17 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from idemq import Conflict, InFlight, Message, NoId, SetupError, claim, once
+from idemq import (
+    BrokeTransaction,
+    Conflict,
+    InFlight,
+    Message,
+    NoId,
+    NotSettled,
+    SetupError,
+    claim,
+    once,
+)
 from idemq.inplace import InPlace
 from idemq.message import Ack, Release, key_of
 from idemq.work import AsyncEngineWork, EngineWork, Work
@@ -271,6 +281,40 @@ def test_a_block_inside_a_handler_is_part_of_the_handlers_transaction(postgres_u
         with engine.connect() as connection:
             assert sorted(connection.scalars(select(effects.c.mark))) == ["a", "b", "c"]
         place.close()
+
+
+def test_a_block_inside_an_async_handler_is_part_of_its_transaction(postgres_url: URL) -> None:
+    async def handler(message: Message, session: AsyncSession) -> None:
+        for identifier in ("a", "b", "a"):
+            async with once(session, "inner", identifier) as work:
+                if work.fresh:
+                    session.add(Effect(mark=identifier))
+        try:
+            async with once(session, "inner", "bad"):
+                session.add(Effect(mark="bad"))
+                raise OSError
+        except OSError:
+            pass
+        async with once(session, "inner", "sin"):
+            if message.id == "sins":
+                try:
+                    await (await session.connection()).commit()
+                except BrokeTransaction:
+                    pass
+
+    async def main() -> None:
+        engine = create_async_engine(postgres_url.set(drivername="postgresql+asyncpg"))
+        place = InPlace(handler, engine, "shop", give_up=0)
+        with pytest.raises(NotSettled, match="BrokeTransaction"):
+            await place.run_async(Message(id="sins", body=b""))
+        assert await place.run_async(Message(id="1", body=b"")) == Ack()
+        await place.close_async()
+        await engine.dispose()
+
+    with prepared(postgres_url) as engine:
+        asyncio.run(main())
+        with engine.connect() as connection:
+            assert sorted(connection.scalars(select(effects.c.mark))) == ["a", "b"]
 
 
 def test_scoped_sessions_are_sessions(postgres_url: URL) -> None:
