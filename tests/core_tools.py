@@ -245,6 +245,7 @@ def open_shop(url: URL, driver: str) -> Iterator[Shop]:
     finally:
         for attempts in shop.opened:
             attempts.close()
+        for attempts in shop.opened:  # after all of them, because units may share an engine
             if isinstance(attempts.engine, Engine):
                 attempts.engine.dispose()
         engine.dispose()

@@ -399,10 +399,12 @@ def test_cancelled_at_random_points_claim_and_effect_stay_together(shop: Shop, t
     async def storm() -> int:
         loop = asyncio.get_running_loop()
         cancelled = 0
-        began = loop.time()
+        times_taken: list[float] = []
         for number in range(10):
+            began = loop.time()
             await unit.run(attempts.consumer.job(message(f"warm {number}", f"warm {number}".encode())))
-        usual = (loop.time() - began) / 10
+            times_taken.append(loop.time() - began)
+        usual = min(times_taken)
         for number in range(100):
             id = str(number)
             task = loop.create_task(unit.run(attempts.consumer.job(message(id, id.encode()))))
