@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
+
+log = logging.getLogger("idemq.worker")
 
 T = TypeVar("T")
 Item = TypeVar("Item", contravariant=True)
@@ -95,14 +98,24 @@ class EventLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="idemq-handlers", daemon=True)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="idemq-handlers", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        # A task that raises SystemExit, or anybody's `loop.stop()`, ends the loop; handlers still need it.
+        while not self._closing:
+            try:
+                self.loop.run_forever()
+            except BaseException as error:
+                log.error("a task on the handlers' event loop raised %r", error)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it on the loop and wait for it here."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def close(self) -> None:
+        self._closing = True
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()

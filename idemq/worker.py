@@ -6,6 +6,7 @@ after a growing delay, because a broker's own requeue is a hot loop (RabbitMQ) o
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -181,10 +182,19 @@ class _AsyncLane:
         try:
             job = self._worker.take(item)
             if job is not None:
-                self._worker.settle(item, await self._unit.run(job))
+                self._worker.settle(item, await self._attempt(job))
         except BaseException as error:
             self._worker.crash = error
             raise
+
+    async def _attempt(self, job: Job) -> Verdict:
+        # In a task of its own: what a handler does to its task, at once or by a timer that it forgot, must
+        # reach neither this lane nor the next message.
+        attempt = asyncio.ensure_future(self._unit.run(job))
+        await asyncio.wait({attempt})
+        if attempt.cancelled():  # only the handler can have done that
+            return Release("CancelledError: the handler's task was cancelled", failed=True)
+        return attempt.result()
 
     async def close(self) -> None:
         await self._unit.close()
