@@ -1,6 +1,7 @@
 """The broker that the environment names: RABBITMQ_URL, else KAFKA_SERVERS, else the embedded one.
 
-`source` is all that the application needs; the rest is for the scripts around it.
+`source` is all that the application needs; the rest is for the scripts around it. A client library is
+imported only for the broker that is chosen.
 """
 
 import asyncio
@@ -14,8 +15,6 @@ from typing import Any, Protocol, TypeVar
 from idemq import Message
 from idemq.broker import Source
 from idemq.embedded import Embedded
-from idemq.kafka import Kafka
-from idemq.rabbitmq import RabbitMQ
 
 T = TypeVar("T")
 
@@ -69,6 +68,8 @@ class OnRabbitMQ:
         self._url, self._name = url, name
 
     def source(self) -> Source:
+        from idemq.rabbitmq import RabbitMQ
+
         return RabbitMQ(self._url).queue(self._name, declare=True)
 
     def publish(self, payments: Sequence[str]) -> None:
@@ -115,6 +116,8 @@ class OnKafka:
         self._servers, self._name = servers, name
 
     def source(self) -> Source:
+        from idemq.kafka import Kafka
+
         # A killed worker's partitions wait for its session to end; 6 s is the least that Kafka allows.
         kafka = Kafka(self._servers)
         return kafka.topic(
