@@ -18,7 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from idemq import drivers
 from idemq.broker import Source
 from idemq.errors import SetupError
-from idemq.handlers import read
+from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
 from idemq.message import IdRule, Message
 from idemq.process import Consumer, fingerprint_by
@@ -148,16 +148,9 @@ class App:
             options["fingerprint"] = fingerprint_by(name, fingerprint)
 
         def declare(function: Function) -> Function:
-            handler = read(function, name)
-            self._require_engine(name, handler.asynchronous)
-            for wanted in handler.session_classes:
-                if not self.sessions.provides(wanted):
-                    raise SetupError(
-                        f"consumer {name!r}: session= does not make the {wanted.__name__} that it asks for"
-                    )
             consumer = Consumer(
                 name=name,
-                handler=handler,
+                handler=self._handler(name, function),
                 id=(id,) if isinstance(id, str) else id,
                 wait=wait,
                 strict=strict,
@@ -198,6 +191,16 @@ class App:
             raise SetupError(f"consumer {name!r}: prefetch={prefetch} must be from 1 to 1000")
         if not 0.001 <= wait <= 3600:
             raise SetupError(f"consumer {name!r}: wait={wait} must be from 0.001 to 3600 seconds")
+
+    def _handler(self, name: str, function: Callable[..., Any]) -> Handler:
+        handler = read(function, name)
+        self._require_engine(name, handler.asynchronous)
+        for wanted in handler.session_classes:
+            if not self.sessions.provides(wanted):
+                raise SetupError(
+                    f"consumer {name!r}: session= does not make the {wanted.__name__} that it asks for"
+                )
+        return handler
 
     def _require_engine(self, name: str, asynchronous: bool) -> None:
         if (self.async_engine if asynchronous else self.engine) is not None:

@@ -107,6 +107,7 @@ def build(schema: str | None = None) -> MetaData:
     _heart(metadata, options)
     _failures(metadata, options)
     _leaving(metadata, options)
+    _small(metadata, options)
     return metadata
 
 
@@ -214,6 +215,9 @@ def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
         sqlite_autoincrement=True,
         **options,
     )
+
+
+def _small(metadata: MetaData, options: dict[str, Any]) -> None:
     Table(
         "idemq_lanes",
         metadata,

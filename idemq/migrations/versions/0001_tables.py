@@ -26,6 +26,7 @@ def upgrade(op: Operations, schema: str | None) -> None:
     _heart(op, schema)
     _failures(op, schema)
     _leaving(op, schema)
+    _small(op, schema)
 
 
 def _heart(op: Operations, schema: str | None) -> None:
@@ -122,6 +123,9 @@ def _leaving(op: Operations, schema: str | None) -> None:
         indexes={"idemq_outgoing_due": ["state", "not_before"], "idemq_outgoing_lane": ["lane", "seq"]},
         sqlite_autoincrement=True,
     )
+
+
+def _small(op: Operations, schema: str | None) -> None:
     _create(
         op,
         schema,
