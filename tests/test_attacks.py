@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url, text
 
 from idemq import Message
-from tests.contract.brokers import EmbeddedBroker
+from tests.attacked import Field, attacked, children, wait_gone
+from tests.contract.brokers import Broker, EmbeddedBroker, KafkaBroker, RabbitBroker
 from tests.contract.running import Shop
 from tests.servers import eventually
 
@@ -123,3 +132,208 @@ def test_whatever_a_handler_raises_is_a_failed_attempt(
         assert worker.consumers[0].counts["failures"] == 1
     assert shop.counts() == Counter(["m1", "m2"])
     assert broker.left() == 0
+
+
+# ---- real processes
+
+
+def place(request: pytest.FixtureRequest, kind: str, tmp_path: Path, unique: str) -> tuple[Broker, URL]:
+    """A fresh queue, and a database that goes with it."""
+    if kind == "embedded":
+        broker: Broker = EmbeddedBroker(str(tmp_path / "broker.db"), unique)
+        return broker, make_url(f"sqlite:///{tmp_path / 'shop.db'}")
+    if kind == "kafka":
+        broker = KafkaBroker(request.getfixturevalue("kafka_servers"), unique)
+    else:
+        broker = RabbitBroker(request.getfixturevalue("rabbitmq_url"), unique, kind)
+    return broker, request.getfixturevalue("postgres_url")
+
+
+@pytest.fixture
+def scene(
+    request: pytest.FixtureRequest, tmp_path: Path, unique: str
+) -> Iterator[tuple[Field, Shop, Broker]]:
+    """Parametrized with (broker, kind of handler)."""
+    on, kind = request.param
+    broker, url = place(request, on, tmp_path, unique)
+    broker.create()
+    with attacked(tmp_path, url, broker, kind) as (field, shop):
+        yield field, shop, broker
+    broker.remove()
+
+
+Scene = tuple[Field, Shop, Broker]
+
+
+@pytest.mark.hazard("H34")
+@pytest.mark.hazard("H26")
+@pytest.mark.parametrize("lost", [False, True], ids=["transaction kept", "transaction lost"])
+@pytest.mark.parametrize(
+    "scene", [("kafka", "sync"), ("kafka", "async"), ("rabbitmq", "sync")], indirect=True, ids="-".join
+)
+def test_a_worker_frozen_in_its_transaction_and_thawed_leaves_one_effect(scene: Scene, lost: bool) -> None:
+    field, shop, broker = scene
+    field.hold("m1")
+    frozen = field.start("--child")
+    broker.publish(sent(1))
+    eventually(lambda: field.begun() == [(frozen.pid, "m1")], 20)
+    frozen.send_signal(signal.SIGSTOP)
+    field.release()
+    other = field.start("--child")
+    # Longer than the heartbeats or the session timeout: the broker gives the message to the other worker.
+    eventually(lambda: "its twin is still in flight" in field.log(), 25)
+    assert shop.counts() == Counter()
+    if lost:  # the database gives up on the frozen client
+        with shop.engine.connect() as connection:
+            connection.execute(text(IDLE_ENDS))
+        eventually(lambda: shop.counts() == Counter(["m1"]), 10)
+    frozen.send_signal(signal.SIGCONT)
+    broker.publish(sent(2))
+    eventually(lambda: shop.counts() == Counter(["m1", "m2"]), 15)
+    assert [field.end(each) for each in (frozen, other)] == [0, 0]
+    assert shop.counts() == Counter(["m1", "m2"])
+    assert shop.claims() == 2
+    assert broker.left() == 0
+
+
+IDLE_ENDS = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND state = 'idle in transaction' AND pid <> pg_backend_pid()
+"""
+
+
+@pytest.mark.hazard("H54")
+@pytest.mark.parametrize(
+    "scene",
+    [("embedded", "sync"), ("rabbitmq", "async"), ("kafka", "sync")],
+    indirect=True,
+    ids="-".join,
+)
+def test_a_storm_of_sigterms_loses_and_doubles_nothing(scene: Scene) -> None:
+    field, shop, broker = scene
+    chosen = random.Random(1)
+    numbers = range(60)
+    broker.publish(sent(*numbers, *numbers[::6]))
+    for _ in range(2):
+        parent = field.start("--processes", "2")
+        eventually(partial(_has_begun, field, parent.pid), 30)
+        struck = [parent.pid, *children(parent.pid)]
+        until = time.monotonic() + chosen.uniform(0, 0.1)
+        while parent.poll() is None and time.monotonic() < until:
+            _strike(chosen.choice(struck))
+        assert parent.poll() is not None or field.end(parent) is not None
+        wait_gone(*struck)
+    last = field.start("--processes", "2")
+    eventually(lambda: len(shop.counts()) == len(numbers), 30)
+    assert field.end(last) == 0
+    assert shop.counts() == Counter(f"m{n}" for n in numbers)
+    assert shop.claims() == len(numbers)
+
+
+def _has_begun(field: Field, parent: int) -> bool:
+    return bool({pid for pid, _ in field.begun()} & set(children(parent)))
+
+
+def _strike(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+
+
+@pytest.mark.hazard("H54")
+@pytest.mark.parametrize("scene", [("embedded", "sync"), ("embedded", "async")], indirect=True, ids="-".join)
+def test_one_stop_that_reaches_parent_and_children_lets_what_runs_finish(scene: Scene) -> None:
+    field, shop, broker = scene
+    field.hold("m1")
+    parent = field.start()
+    broker.publish(sent(1))
+    eventually(lambda: field.begun(), 20)
+    for pid in (parent.pid, *children(parent.pid)):  # as a service manager does
+        os.kill(pid, signal.SIGTERM)
+    eventually(lambda: "stopping" in field.log(), 10)
+    field.release()
+    assert parent.wait(30) == 0
+    assert len(field.begun()) == 1
+    assert shop.counts() == Counter(["m1"])
+    assert broker.left() == 0
+
+
+@pytest.mark.hazard("H54")
+@pytest.mark.parametrize("scene", [("embedded", "sync")], indirect=True, ids="-".join)
+def test_a_second_sigterm_ends_processes_that_are_frozen_and_busy(scene: Scene) -> None:
+    field, shop, broker = scene
+    field.hold("m1")
+    parent = field.start("--processes", "2")
+    eventually(lambda: field.log().count("started, process") == 2, 20)
+    broker.publish(sent(1))
+    eventually(field.begun, 20)
+    processes = children(parent.pid)
+    os.kill(processes[0], signal.SIGSTOP)
+    parent.send_signal(signal.SIGTERM)
+    eventually(lambda: "stopping" in field.log(), 10)
+    assert field.end(parent) != 0
+    wait_gone(*processes)
+    assert shop.counts() == Counter()
+    assert broker.left() == 1
+
+
+@pytest.mark.hazard("H54")
+@pytest.mark.parametrize("scene", [("embedded", "async")], indirect=True, ids="-".join)
+def test_children_end_in_order_when_their_parent_is_killed(scene: Scene) -> None:
+    field, shop, broker = scene
+    field.hold("m1")
+    parent = field.start("--processes", "2")
+    eventually(lambda: field.log().count("started, process") == 2, 20)
+    broker.publish(sent(1))
+    eventually(field.begun, 20)
+    processes = children(parent.pid)
+    parent.kill()
+    eventually(lambda: "stopping" in field.log(), 10)
+    field.release()
+    wait_gone(*processes)
+    assert shop.counts() == Counter(["m1"])
+    assert broker.left() == 0
+
+
+STUBBORN = """
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+SUPERVISOR = """
+import sys
+from idemq.cli.supervisor import Supervisor
+sys.exit(Supervisor([sys.executable, "-c", sys.argv[1]], 2).run())
+"""
+
+
+@pytest.mark.hazard("H54")
+def test_signals_that_interrupt_their_own_handler_stop_the_parent() -> None:
+    command = [sys.executable, "-c", SUPERVISOR, STUBBORN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        try:
+            assert parent.stdout is not None
+            assert [parent.stdout.readline() for _ in range(2)] == [b"up\n"] * 2
+            until = time.monotonic() + 15
+            while parent.poll() is None and time.monotonic() < until:
+                _strike(parent.pid)
+            assert parent.returncode in (0, signal.SIGKILL, -signal.SIGTERM)
+        finally:
+            parent.kill()
+
+
+@pytest.mark.hazard("H54")
+def test_a_process_that_cannot_be_started_is_tried_again() -> None:
+    script = "import sys\nfrom idemq.cli.supervisor import Supervisor\n"
+    script += "sys.exit(Supervisor([sys.argv[1]], 1).run())"
+    command = [sys.executable, "-c", script, "/nowhere/python"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stderr is not None
+            lines = iter(parent.stderr.readline, "")
+            assert sum("started" in next(lines) for _ in range(4)) == 4
+            parent.send_signal(signal.SIGTERM)
+            parent.wait(15)
+        finally:
+            parent.kill()

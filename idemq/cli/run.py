@@ -144,20 +144,21 @@ def _error(state: RetryCallState) -> BaseException | None:
 
 def _stop_on_signals(worker: Worker) -> None:
     """The first SIGTERM or SIGINT stops in order; the second ends the process at once."""
-    signalled = threading.Event()
+    signalled: list[int] = []  # no lock: the handler may interrupt itself
 
     def stop(number: int, _frame: object) -> None:
-        if signalled.is_set():
+        if signalled:
             os._exit(128 + number)
-        signalled.set()
+        signalled.append(number)
         worker.stop()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGHUP, lambda *_: worker.stop())
 
 
 def _stop_with_parent() -> None:
-    """The parent holds the other end of standard input; when it dies, this process stops in order."""
+    """The parent holds the other end of standard input; when it closes that or dies, we stop in order."""
 
     def wait() -> None:
         try:
@@ -165,6 +166,7 @@ def _stop_with_parent() -> None:
                 pass
         except OSError:
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)  # of its own kind: it counts as no SIGTERM
 
+    signal.signal(signal.SIGHUP, lambda *_: os._exit(0))  # nothing has begun yet
     threading.Thread(target=wait, name="idemq-parent", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The parent of the worker processes: starts them, starts again what dies, and passes signals on.
+"""The parent of the worker processes: starts them, starts again what dies, and tells them to stop.
 
 It spawns and never forks, holds no connection and runs no handler, so nothing of the user's can kill it.
 """
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from queue import SimpleQueue
 
 log = logging.getLogger("idemq.run")
 
@@ -25,32 +26,48 @@ SETUP_ERROR = 2
 
 def supervise(arguments: Sequence[str], count: int) -> int:
     """Run `idemq ARGUMENTS --child` in `count` processes until a signal; returns the exit code."""
-    return _Supervisor(arguments, count).run()
+    return Supervisor([sys.executable, "-m", "idemq", *arguments, "--child"], count).run()
 
 
-class _Supervisor:
-    def __init__(self, arguments: Sequence[str], count: int) -> None:
-        self._command = [sys.executable, "-m", "idemq", *arguments, "--child"]
+class Supervisor:
+    """Keeps `count` processes of `command` running until the first signal; the second kills them."""
+
+    def __init__(self, command: Sequence[str], count: int) -> None:
+        self._command = command
         self._count = count
         self._stopping = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
+        #: Signals (True), and keepers that ended (False). Handlers interrupt each other, so they may not take
+        #: a lock; to put into this queue takes none.
+        self._events: SimpleQueue[bool] = SimpleQueue()
         self._code = 0
 
     def run(self) -> int:
-        signal.signal(signal.SIGTERM, lambda *_: self._stop())
-        signal.signal(signal.SIGINT, lambda *_: self._stop())
-        keepers = [threading.Thread(target=self._keep, daemon=True) for _ in range(self._count)]
-        for keeper in keepers:
-            keeper.start()
-        for keeper in keepers:
-            keeper.join()
+        signal.signal(signal.SIGTERM, lambda *_: self._events.put(True))
+        signal.signal(signal.SIGINT, lambda *_: self._events.put(True))
+        for _ in range(self._count):
+            threading.Thread(target=self._keep, daemon=True).start()
+        signals = ended = 0
+        while ended < self._count:
+            if not self._events.get():
+                ended += 1
+                continue
+            signals += 1
+            self._stop()
+            if signals > 1:
+                self._kill()
         return self._code
 
     def _stop(self) -> None:
-        """Once: the children stop in order. Twice: they end at once, as their own second signal."""
+        """The children stop in order. Not by a signal: they may have got the same one as we did, from a
+        service manager that signals all processes, and would take ours for the second."""
         self._stopping.set()
         for process in tuple(self._running):
-            process.send_signal(signal.SIGTERM)
+            _close_input(process)
+
+    def _kill(self) -> None:
+        for process in tuple(self._running):
+            process.kill()  # safe at any instruction, and reaches one that is frozen, too
 
     def _keep(self) -> None:
         short_lives = 0
@@ -67,16 +84,28 @@ class _Supervisor:
                 delay = min(MAX_DELAY, 0.1 * 2**short_lives)
                 log.error("a worker process ended (%s); started again in %.1f s", _words(code), delay)
                 self._stopping.wait(delay)
+        self._events.put(False)
 
     def _run_one(self) -> int:
-        # A group of its own keeps Ctrl-C from reaching the children twice. The pipe tells them of our death.
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
+        # A group of its own keeps Ctrl-C from the children. The end of the pipe tells them to stop, also when
+        # we are killed.
+        try:
+            process = subprocess.Popen(self._command, stdin=subprocess.PIPE, process_group=0)
+        except OSError as error:  # no memory, no process left, or the interpreter is being replaced
+            log.error("no worker process can be started: %s", error)
+            return 1
         self._running.add(process)
         if self._stopping.is_set():  # the signal came before the process was known
-            process.send_signal(signal.SIGTERM)
+            _close_input(process)
         code = process.wait()
         self._running.discard(process)
+        _close_input(process)
         return code
+
+
+def _close_input(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _words(code: int) -> str:
