@@ -13,7 +13,6 @@ from typing import Annotated, TypeVar
 import typer
 from sqlalchemy import Connection
 from tenacity import (
-    RetryCallState,
     Retrying,
     retry_if_exception_type,
     stop_after_attempt,
@@ -117,14 +116,12 @@ def _check_tables(app: App, connection: Connection) -> bool:
 
 def _register(app: App, declared: Declared) -> int:
     name, before = declared.consumer.name, declared.known_as
-    for attempt in Retrying(
-        retry=retry_if_exception_type(Failure), stop=stop_after_attempt(5), reraise=True
-    ):  # another process may register the same name at the same moment
-        with attempt:
-            return with_connection(
-                app, lambda connection: names.register(connection, name, before, app.schema)
-            )
-    raise AssertionError
+    return Retrying(  # another process may register the same name at the same moment
+        retry=retry_if_exception_type(Failure),
+        stop=stop_after_attempt(8),
+        wait=wait_random(0, 0.5),
+        reraise=True,
+    )(with_connection, app, lambda connection: names.register(connection, name, before, app.schema))
 
 
 def _patiently(call: Callable[[], Result]) -> Result:
@@ -136,10 +133,6 @@ def _patiently(call: Callable[[], Result]) -> Result:
             "%s; tried again", state.outcome and state.outcome.exception()
         ),
     )(call)
-
-
-def _error(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome is not None else None
 
 
 def _stop_on_signals(worker: Worker) -> None:
