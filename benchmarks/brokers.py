@@ -1,10 +1,11 @@
-"""Queues and topics with messages in them, made before the clock starts."""
+"""Queues and topics; messages appear in them all at once, so that nobody publishes while a side runs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from uuid import uuid4
 
 import kombu
@@ -13,22 +14,30 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from benchmarks.work import body
 
+#: Puts so many messages where the consumer finds them.
+Fill = Callable[[int], None]
 
-def _ids(count: int) -> Iterator[tuple[str, bytes]]:
-    for number in range(count):
-        yield str(uuid4()), body(number)
+_numbers = count()
+
+
+def _messages(number: int) -> Iterator[tuple[str, bytes]]:
+    for _ in range(number):
+        yield str(uuid4()), body(next(_numbers))
 
 
 @contextmanager
-def filled_queue(url: str, count: int) -> Iterator[str]:
-    """A durable queue with `count` persistent messages, and gone afterwards."""
+def queue(url: str) -> Iterator[tuple[str, Fill]]:
+    """A durable queue that gets persistent messages in transactions."""
     name = f"bench-{uuid4().hex[:12]}"
-    with kombu.Connection(url, transport_options={"confirm_publish": True}) as connection:
-        queue = kombu.Queue(name, durable=True)(connection.default_channel)
-        queue.declare()
-        producer = connection.Producer()
-        try:
-            for identifier, content in _ids(count):
+    with kombu.Connection(url) as connection:
+        channel = connection.default_channel
+        made = kombu.Queue(name, durable=True)(channel)
+        made.declare()
+        channel.tx_select()
+
+        def fill(number: int) -> None:
+            producer = connection.Producer(channel)
+            for identifier, content in _messages(number):
                 producer.publish(
                     content,
                     routing_key=name,
@@ -36,37 +45,52 @@ def filled_queue(url: str, count: int) -> Iterator[str]:
                     content_type="application/json",
                     content_encoding="utf-8",
                 )
-            yield name
+            channel.tx_commit()
+
+        try:
+            yield name, fill
         finally:
-            queue.delete()
+            made.delete()
 
 
 @contextmanager
-def filled_topic(servers: str, count: int) -> Iterator[str]:
-    """A topic of one partition with `count` records; every round reads it with a group of its own."""
+def topic(servers: str) -> Iterator[tuple[str, Fill]]:
+    """A topic of one partition that gets its records in one batch."""
     name = f"bench-{uuid4().hex[:12]}"
-    asyncio.run(_fill(servers, name, count))
-    try:
-        yield name
-    finally:
-        asyncio.run(_delete(servers, name))
+    with asyncio.Runner() as runner:
+        runner.run(_create(servers, name))
+        producer = runner.run(_producer(servers))
+        try:
+            yield name, lambda number: runner.run(_send(producer, name, number))
+        finally:
+            runner.run(producer.stop())
+            runner.run(_delete(servers, name))
 
 
-async def _fill(servers: str, topic: str, count: int) -> None:
+async def _producer(servers: str) -> AIOKafkaProducer:
+    producer = AIOKafkaProducer(bootstrap_servers=servers, max_batch_size=256 * 1024)
+    await producer.start()
+    return producer
+
+
+async def _send(producer: AIOKafkaProducer, name: str, number: int) -> None:
+    batch = producer.create_batch()
+    for identifier, content in _messages(number):
+        headers = [("message-id", identifier.encode())]
+        if batch.append(key=None, value=content, timestamp=None, headers=headers) is None:
+            raise RuntimeError("the batch is too small for a round")
+    await (await producer.send_batch(batch, name, partition=0))
+
+
+async def _create(servers: str, name: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=servers)
     await admin.start()
-    await admin.create_topics([NewTopic(topic, 1, 1)])
+    await admin.create_topics([NewTopic(name, 1, 1)])
     await admin.close()
-    async with AIOKafkaProducer(bootstrap_servers=servers, linger_ms=5) as producer:
-        sent = [
-            await producer.send(topic, content, headers=[("message-id", identifier.encode())])
-            for identifier, content in _ids(count)
-        ]
-        await asyncio.gather(*sent)
 
 
-async def _delete(servers: str, topic: str) -> None:
+async def _delete(servers: str, name: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=servers)
     await admin.start()
-    await admin.delete_topics([topic])
+    await admin.delete_topics([name])
     await admin.close()

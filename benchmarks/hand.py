@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import kombu
@@ -42,7 +43,7 @@ async def _process_async(
             await work.handle_async(payment, session)
 
 
-def rabbitmq(url: str, queue: str, engine: Engine, work: Work, prefetch: int) -> None:
+def rabbitmq(url: str, queue: str, engine: Engine, prefetch: int, work: Work) -> None:
     """kombu: one thread, one acknowledgement each."""
     make = sessionmaker(engine)
 
@@ -56,8 +57,9 @@ def rabbitmq(url: str, queue: str, engine: Engine, work: Work, prefetch: int) ->
             connection, kombu.Queue(queue, no_declare=True), on_message=on_message, prefetch_count=prefetch
         ),
     ):
-        while not work.meter.full:
-            connection.drain_events(timeout=30)
+        while not work.stopped:
+            with suppress(TimeoutError):
+                connection.drain_events(timeout=1)
 
 
 def _identifier(record: Any) -> str:
@@ -100,7 +102,7 @@ async def _kafka(servers: str, topic: str, group: str, work: Work, prefetch: int
     await consumer.start()
     try:
         commits = _Commits(consumer)
-        while not work.meter.full:
+        while not work.stopped:
             found = await consumer.getmany(timeout_ms=200, max_records=prefetch)
             for records in found.values():
                 await run(records)
@@ -110,14 +112,13 @@ async def _kafka(servers: str, topic: str, group: str, work: Work, prefetch: int
         await consumer.stop()
 
 
-def kafka(servers: str, topic: str, group: str, engine: Engine, work: Work, prefetch: int) -> None:
+def kafka(servers: str, topic: str, group: str, engine: Engine, prefetch: int, work: Work) -> None:
     """aiokafka reads, a thread works: one hand-over for all records of a fetch."""
     make = sessionmaker(engine)
 
     def all_of(records: Sequence[Any]) -> None:
         for record in records:
-            if not work.meter.full:
-                _process(make, work, _identifier(record), record.value)
+            _process(make, work, _identifier(record), record.value)
 
     async def run(records: Sequence[Any]) -> None:
         await asyncio.to_thread(all_of, records)
@@ -125,14 +126,13 @@ def kafka(servers: str, topic: str, group: str, engine: Engine, work: Work, pref
     asyncio.run(_kafka(servers, topic, group, work, prefetch, run))
 
 
-def kafka_async(servers: str, topic: str, group: str, engine: AsyncEngine, work: Work, prefetch: int) -> None:
+def kafka_async(servers: str, topic: str, group: str, engine: AsyncEngine, prefetch: int, work: Work) -> None:
     """aiokafka and an AsyncSession on one event loop."""
     make = async_sessionmaker(engine)
 
     async def run(records: Sequence[Any]) -> None:
         for record in records:
-            if not work.meter.full:
-                await _process_async(make, work, _identifier(record), record.value)
+            await _process_async(make, work, _identifier(record), record.value)
 
     async def main() -> None:
         await _kafka(servers, topic, group, work, prefetch, run)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -59,42 +59,47 @@ class Pace:
 
 
 class Meter:
-    """Counts the handler's calls and times those after the warm-up.
+    """Counts the handler's calls and times those after the warm-up of a round.
 
     From one call to a later one lie as many whole messages as calls: claim, work, commit, acknowledgement
-    and the fetch of the next, with the connecting and the first statements of either side left out.
+    and the fetch of the next.
     """
 
-    def __init__(self, warm_up: int, messages: int, full: Callable[[], None]) -> None:
-        self._warm_up, self._messages, self._full = warm_up, messages, full
-        self._count = 0
+    def __init__(self) -> None:
+        self._count = self._first = self._last = 0
         self._began = self._ended = (0.0, 0.0)
+        self._full = threading.Event()
+
+    def arm(self, warm_up: int, messages: int) -> None:
+        self._count, self._first, self._last = 0, warm_up, warm_up + messages
+        self._full.clear()
 
     def hit(self) -> None:
         self._count += 1
-        if self._count == self._warm_up:
+        if self._count == self._first:
             self._began = (time.perf_counter(), time.process_time())
-        elif self._count == self._warm_up + self._messages:
+        elif self._count == self._last:
             self._ended = (time.perf_counter(), time.process_time())
-            self._full()
+            self._full.set()
 
-    @property
-    def full(self) -> bool:
-        return self._count >= self._warm_up + self._messages
-
-    @property
     def pace(self) -> Pace:
+        """Waits for the end of the round."""
+        if not self._full.wait(120):
+            raise RuntimeError(f"{self._count} of {self._last} messages within two minutes")
+        messages = self._last - self._first
         wall, cpu = (
-            (ended - began) / self._messages for began, ended in zip(self._began, self._ended, strict=True)
+            (ended - began) / messages for began, ended in zip(self._began, self._ended, strict=True)
         )
         return Pace(wall, cpu)
 
 
 class Work:
-    """The handlers, the same for both sides. `meter` is set anew for every round."""
+    """The handlers, the same for both sides."""
 
     def __init__(self) -> None:
-        self.meter = Meter(0, 0, lambda: None)
+        self.meter = Meter()
+        #: Tells a hand-written loop to end.
+        self.stopped = False
 
     def handle(self, payment: Payment, session: Session) -> None:
         session.add(Posting(payment=payment.id, amount=payment.amount, payer=payment.payer))
