@@ -116,12 +116,13 @@ def _check_tables(app: App, connection: Connection) -> bool:
 
 def _register(app: App, declared: Declared) -> int:
     name, before = declared.consumer.name, declared.known_as
-    return Retrying(  # another process may register the same name at the same moment
+    number: int = Retrying(  # another process may register the same name at the same moment
         retry=retry_if_exception_type(Failure),
         stop=stop_after_attempt(8),
         wait=wait_random(0, 0.5),
         reraise=True,
     )(with_connection, app, lambda connection: names.register(connection, name, before, app.schema))
+    return number
 
 
 def _patiently(call: Callable[[], Result]) -> Result:

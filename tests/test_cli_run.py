@@ -1,0 +1,191 @@
+"""`idemq run` as a user meets it: what it says, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from idemq.worker import shown
+from tests.servers import eventually
+
+SHOP = """
+import time
+from dataclasses import dataclass
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+from idemq import App, Message
+from idemq.embedded import Embedded
+
+broker = Embedded("broker.db")
+app = App("sqlite:///shop.db")
+
+@dataclass
+class Payment:
+    n: int
+
+@app.consumer("receipts", broker.queue("payments", declare=True))
+def receipt(payment: Payment, session: Session) -> None:
+    if payment.n < 0:
+        raise RuntimeError(f"cannot pay {payment.n}")
+    session.execute(text("INSERT INTO receipts VALUES (:n)"), {"n": payment.n})
+
+@app.consumer("audit", broker.queue("audit", declare=True), concurrency=3)
+def audit(message: Message) -> None: ...
+"""
+PREPARE = """
+from sqlalchemy import text
+from shop import app, broker
+with app.engine.begin() as connection:
+    connection.execute(text("CREATE TABLE receipts (n INTEGER)"))
+broker.declare("payments")
+"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A directory with an app whose tables are made."""
+    (tmp_path / "shop.py").write_text(SHOP)
+    subprocess.run([sys.executable, "-c", PREPARE], cwd=tmp_path, check=True)
+    assert idemq(tmp_path, "db", "upgrade", "shop:app").returncode == 0
+    return tmp_path
+
+
+def idemq(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "idemq", *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=60)
+
+
+@contextmanager
+def running(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`idemq run shop:app` in the background, its output in the file `log`; killed at the end if need be."""
+    command = [sys.executable, "-m", "idemq", "run", "shop:app", *arguments]
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=directory, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def said(directory: Path, pattern: str) -> list[str]:
+    return re.findall(pattern, (directory / "log").read_text())
+
+
+PUBLISH = """
+import sys
+from shop import broker
+broker.publish("payments", sys.argv[2].encode(), id=sys.argv[1])
+"""
+
+
+def publish(directory: Path, identifier: str, body: str) -> None:
+    subprocess.run([sys.executable, "-c", PUBLISH, identifier, body], cwd=directory, check=True)
+
+
+def test_it_says_what_it_consumes_and_ends_with_zero_at_sigterm(shop: Path) -> None:
+    for number in (1, 2, 1):
+        publish(shop, f"m{number}", f'{{"n": {number}}}')
+    with running(shop) as process:
+        eventually(lambda: idemq(shop, "seen", "shop:app", "receipts", "m2").returncode == 0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+    assert said(shop, r"receipts: from queue 'payments' in .*, 1 at a time .*, into sqlite.*shop.db")
+    assert said(shop, r"audit: from queue 'audit' in .*, 3 at a time")
+    assert said(shop, r"receipts: processed 2, duplicates 1, dead 0, failures 0")
+
+
+def test_only_runs_the_named_consumer_and_json_is_one_object_a_line(shop: Path) -> None:
+    with running(shop, "--only", "audit", "--log-format", "json") as process:
+        eventually(lambda: said(shop, "started, process"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+    lines = [json.loads(line) for line in (shop / "log").read_text().splitlines()]
+    assert all({"at", "level", "logger", "process", "message"} <= line.keys() for line in lines)
+    assert any(line["message"].startswith("audit: from") for line in lines)
+    assert not any("receipts" in line["message"] for line in lines)
+
+
+def test_an_unknown_consumer_is_a_set_up_error(shop: Path) -> None:
+    done = idemq(shop, "run", "shop:app", "--only", "receits")
+    assert done.returncode == 2
+    assert "receits" in done.stderr
+    assert "receipts, audit" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.hazard("H56")
+def test_missing_tables_stop_it_and_the_command_that_mends_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(SHOP)
+    done = idemq(tmp_path, "run", "shop:app", "--processes", "2")
+    assert done.returncode == 2
+    assert "`idemq db upgrade shop:app`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_queue_is_named_with_its_consumer(shop: Path) -> None:
+    source = (shop / "shop.py").read_text()
+    (shop / "shop.py").write_text(source.replace('"audit", declare=True', '"nowhere"'))
+    done = idemq(shop, "run", "shop:app")
+    assert done.returncode == 2
+    assert "consumer 'audit'" in done.stderr
+    assert "'nowhere'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.hazard("S7")
+def test_an_unreachable_database_is_retried_in_words_without_its_password(shop: Path) -> None:
+    pytest.importorskip("psycopg")
+    source = (shop / "shop.py").read_text()
+    url = "postgresql+psycopg://shop:verysecret@127.0.0.1:1/shop"
+    (shop / "shop.py").write_text(source.replace("sqlite:///shop.db", url))
+    with running(shop):
+        eventually(lambda: len(said(shop, "cannot be reached: .*tried again")) >= 2)
+    assert not said(shop, "verysecret|Traceback")
+
+
+@pytest.mark.hazard("S7")
+def test_no_body_and_no_control_character_reaches_the_log(shop: Path) -> None:
+    publish(shop, "a\x1b[31m\r\nERROR forged", '{"n": "marker"}')
+    publish(shop, "m1", '{"n": -7351}')
+    with running(shop):
+        eventually(lambda: said(shop, "not done") and said(shop, r"dead letter \(unreadable\)"))
+    assert not said(shop, "marker|\x1b|^ERROR forged")
+    assert said(shop, "RuntimeError")
+
+
+def test_text_from_outside_is_one_printable_line() -> None:
+    assert shown("a\x1b[31m\r\nb\u2028c") == "a [31m  b c"
+    assert len(shown("x" * 1000)) == 203
+
+
+@pytest.mark.hazard("H54")
+def test_what_dies_is_started_again_and_a_dead_parent_takes_its_children_along(shop: Path) -> None:
+    with running(shop, "--processes", "2") as process:
+        eventually(lambda: len(said(shop, r"started, process (\d+)")) == 2)
+        first, second = map(int, said(shop, r"started, process (\d+)"))
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: len(said(shop, r"started, process (\d+)")) == 3)
+        third = int(said(shop, r"started, process (\d+)")[2])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        eventually(lambda: not any(alive(child) for child in (second, third)))
+    assert said(shop, "a worker process ended .signal SIGKILL.")
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that is dead and only not yet reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
