@@ -20,7 +20,7 @@ import pytest
 from sqlalchemy import URL, make_url, text
 
 from idemq import Message
-from tests.attacked import Field, attacked, children, wait_gone
+from tests.attacked import Field, attacked, children, source, wait_gone
 from tests.contract.brokers import Broker, EmbeddedBroker, KafkaBroker, RabbitBroker
 from tests.contract.running import Shop
 from tests.servers import eventually
@@ -337,3 +337,33 @@ def test_a_process_that_cannot_be_started_is_tried_again() -> None:
             parent.wait(15)
         finally:
             parent.kill()
+
+
+@pytest.mark.hazard("H17")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_handler_that_blocks_for_three_heartbeats_keeps_its_delivery(
+    rabbitmq_url: str, unique: str, postgres_url: URL, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = RabbitBroker(rabbitmq_url, unique)
+    broker.create()
+    begun, entered, release = list[str | None](), threading.Event(), threading.Event()
+
+    def block(message: Message) -> None:  # an async handler blocks its event loop, too
+        begun.append(message.id)
+        entered.set()
+        release.wait(60)
+
+    shop = Shop(postgres_url, source(broker), kind, block)
+    broker.publish(sent(1))
+    with caplog.at_level("WARNING"), shop.running() as worker:
+        assert entered.wait(30)
+        release.wait(4)  # heartbeats are sent each second
+        assert worker.consumers[0].subscription.connected
+        release.set()
+        eventually(shop.counts)
+    assert begun == ["m1"]
+    assert shop.counts() == Counter(["m1"])
+    assert not caplog.messages
+    assert broker.left() == 0
+    shop.dispose()
+    broker.remove()

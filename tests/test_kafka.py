@@ -6,14 +6,17 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiokafka.errors import KafkaError
+from sqlalchemy import make_url
 
 from idemq import kafka_epochs
 from idemq.broker import Delivery, Subscription
@@ -23,6 +26,8 @@ from idemq.kafka_consumer import KafkaSubscription
 from idemq.kafka_session import Session
 from idemq.message import Message
 from tests import kafka_tools as tools
+from tests.contract.brokers import KafkaBroker
+from tests.contract.running import Shop
 from tests.servers import Unavailable, eventually, free_port, required
 
 
@@ -639,6 +644,73 @@ def test_reading_goes_on_after_the_broker_restarted(
         eventually(lambda: caught_up(own.servers, unique, 2), 30, "lag 0")
         eventually(lambda: subscription.connected, what="connected")
     assert all(record.exc_info is None for record in caplog.records if record.name == "idemq.kafka")
+
+
+@pytest.mark.hazard("H17")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_worker_whose_handler_blocks_for_three_session_timeouts_keeps_its_partitions(
+    own: tools.Broker, unique: str, kind: str, tmp_path: Path
+) -> None:
+    broker = KafkaBroker(own.servers, unique)
+    broker.create()
+    broker.publish([("m1", b'{"n": 1}')])
+    begun, entered, release = list[str | None](), threading.Event(), threading.Event()
+
+    def block(message: Message) -> None:  # an async handler blocks its event loop, too
+        begun.append(message.id)
+        entered.set()
+        release.wait(60)
+
+    topic = source(own.servers, unique, session_timeout=1.5)
+    shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), topic, kind, block)
+    with shop.running() as worker:
+        assert entered.wait(30)
+        members = tools.members(own.servers, f"g-{unique}")
+        release.wait(4.5)
+        assert worker.consumers[0].subscription.connected
+        assert tools.members(own.servers, f"g-{unique}") == members
+        release.set()
+        eventually(lambda: caught_up(own.servers, unique), what="the commit")
+    assert begun == ["m1"]
+    assert shop.counts() == Counter(["m1"])
+    shop.dispose()
+
+
+@pytest.mark.hazard("H33")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_worker_goes_on_after_the_broker_restarted_under_it(
+    own: tools.Broker, unique: str, kind: str, tmp_path: Path
+) -> None:
+    broker = KafkaBroker(own.servers, unique, partitions=2)
+    broker.create()
+    entered, back = threading.Event(), threading.Event()
+
+    def hold(message: Message) -> None:
+        if message.id == "m0":
+            entered.set()
+            assert back.wait(60)
+
+    topic = source(own.servers, unique, session_timeout=3.0)
+    shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), topic, kind, hold)
+    broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50)])
+    with shop.running():
+        assert entered.wait(30)
+        own.restart()
+        back.set()
+        later = [(f"m{n}", b'{"n": 1}') for n in range(50, 100)]
+        eventually(lambda: _reached(lambda: broker.publish(later)), 60, "the broker")
+        eventually(lambda: len(shop.counts()) == 100, 30, "all effects")
+        eventually(lambda: caught_up(own.servers, unique, 2), 30, "lag 0")
+    assert shop.counts() == Counter(f"m{n}" for n in range(100))
+    shop.dispose()
+
+
+def _reached(work: Callable[[], None]) -> bool:
+    try:
+        work()
+    except (KafkaError, OSError):
+        return False
+    return True
 
 
 def _produced(servers: str, topic: str, values: list[bytes]) -> bool:

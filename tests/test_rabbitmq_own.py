@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import make_url
 
 from idemq.errors import BrokerUnavailable, SetupError
+from idemq.message import Message
 from idemq.rabbitmq import RabbitMQ
 from tests import servers
+from tests.contract.brokers import RabbitBroker
+from tests.contract.running import Shop
 from tests.rabbitmq_tools import OwnServer, Server, consuming
 from tests.servers import eventually
 
@@ -125,3 +132,38 @@ def test_a_broker_that_was_down_is_consumed_from_again_when_it_is_back(
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings
     assert all(record.exc_info is None for record in warnings), caplog.text
+
+
+@pytest.mark.hazard("H9")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_worker_goes_on_after_the_broker_was_killed_under_it(
+    own: OwnServer, unique: str, kind: str, tmp_path: Path
+) -> None:
+    broker = RabbitBroker(own.url, unique)
+    broker.create()
+    entered, back = threading.Event(), threading.Event()
+    begun: list[str | None] = []
+
+    def hold(message: Message) -> None:
+        begun.append(message.id)
+        if message.id == "m0":
+            entered.set()
+            assert back.wait(60)
+
+    queue = RabbitMQ(own.url, connect_timeout=2).queue(unique)
+    shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), queue, kind, hold)
+    broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50)])
+    with shop.running() as worker:
+        assert entered.wait(30)
+        own.kill()
+        eventually(lambda: not worker.consumers[0].subscription.connected)
+        own.start()
+        eventually(lambda: worker.consumers[0].subscription.connected, 60)
+        back.set()
+        broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50, 60)])
+        eventually(lambda: len(shop.counts()) == 60, 30, "all effects")
+    assert shop.counts() == Counter(f"m{n}" for n in range(60))
+    assert begun.count("m0") == 1, "its copy waited for it in the worker"
+    # The copy of what was being worked on may have been given back at the end.
+    assert broker.left() <= 1
+    shop.dispose()
