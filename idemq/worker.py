@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy import Engine
@@ -29,6 +30,9 @@ log = logging.getLogger("idemq.worker")
 
 #: Seconds between two lines about a consumer's progress.
 REPORT_EVERY = 60.0
+
+#: Seconds that the database has for closing idle connections when the worker stops.
+FAREWELL = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -235,7 +239,7 @@ class Worker:
         if loop is not None and not late:
             for _, engine in self._feeds:
                 if isinstance(engine, AsyncEngine):
-                    loop.run(engine.dispose())  # its connections belong to this loop
+                    loop.run(_dispose(engine))  # its connections belong to this loop
             loop.close()
         return not late
 
@@ -252,6 +256,13 @@ class Worker:
         for worker in self.consumers:
             worker.report()
         self._clock.later(REPORT_EVERY, self._report)
+
+
+async def _dispose(engine: AsyncEngine) -> None:
+    """Say good-bye to the database, if it listens: some drivers wait for its answer without a limit."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(FAREWELL):
+            await engine.dispose()
 
 
 def _pause(releases: int) -> float:

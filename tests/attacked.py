@@ -45,7 +45,7 @@ def __getattr__(name: str) -> App:
         raise AttributeError(name)
     url = make_url(os.environ["ATTACKED_DATABASE"])
     broker = attach(os.environ["ATTACKED_BROKER"])
-    return Shop(url, source(broker), os.environ["ATTACKED_KIND"], act, concurrency=2).app
+    return Shop(url, source(broker), os.environ["ATTACKED_KIND"], act, prepare=False, concurrency=2).app
 
 
 @dataclass

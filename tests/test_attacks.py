@@ -23,6 +23,8 @@ from idemq import Message
 from tests.attacked import Field, attacked, children, source, wait_gone
 from tests.contract.brokers import Broker, EmbeddedBroker, KafkaBroker, RabbitBroker
 from tests.contract.running import Shop
+from tests.proxy import proxy
+from tests.rabbitmq_tools import Proxy
 from tests.servers import eventually
 
 
@@ -367,3 +369,38 @@ def test_a_handler_that_blocks_for_three_heartbeats_keeps_its_delivery(
     assert broker.left() == 0
     shop.dispose()
     broker.remove()
+
+
+@pytest.mark.hazard("H54")
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_stop_ends_while_the_database_does_not_answer(
+    postgres_url: URL, broker: EmbeddedBroker, tmp_path: Path, driver: str
+) -> None:
+    frozen = Proxy((postgres_url.host or "", postgres_url.port or 5432))
+    through = postgres_url.set(drivername=f"postgresql+{driver}", host="127.0.0.1", port=frozen.port)
+    with attacked(tmp_path, postgres_url, broker, "async") as (field, shop):
+        field.url = through
+        worker = field.start("--child")
+        broker.publish(sent(1))
+        eventually(lambda: shop.counts() == Counter(["m1"]), 20)
+        eventually(lambda: broker.left() == 0, 10)
+        frozen.freeze()
+        field.end(worker)
+    frozen.close()
+
+
+@pytest.mark.hazard("H55")
+def test_a_database_that_fails_while_a_process_starts_is_waited_for(
+    postgres_url: URL, broker: EmbeddedBroker, tmp_path: Path
+) -> None:
+    with (
+        proxy(postgres_url.host or "", postgres_url.port or 5432) as between,
+        attacked(tmp_path, postgres_url, broker, "sync") as (field, shop),
+    ):
+        field.url = postgres_url.set(host="127.0.0.1", port=between.port)
+        between.cut(b"consumer_names", "reply")  # once; as when the server restarts
+        parent = field.start()
+        assert between.cut_done.wait(20)
+        broker.publish(sent(1))
+        eventually(lambda: shop.counts() == Counter(["m1"]), 30)
+        assert field.end(parent) == 0

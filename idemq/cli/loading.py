@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idemq.app import App
-from idemq.drivers import is_refused
+from idemq.drivers import is_refused, is_transient
 from idemq.errors import IdemqError, SetupError
 
 Result = TypeVar("Result")
@@ -114,7 +114,8 @@ def with_connection(app: App, work: Callable[[Connection], Result]) -> Result:
             raise
         action = "refused" if connected else "cannot be reached"
         where = engine.url.render_as_string(hide_password=True)
-        kind = Failure if connected or is_refused(error) else Unreachable
+        lasting = is_refused(error) or (connected and not is_transient(error))
+        kind = Failure if lasting else Unreachable
         raise kind(f"the database {where} {action}: {_reason(error, engine.url.password)}") from error
 
 

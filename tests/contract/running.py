@@ -32,8 +32,16 @@ class Shop:
     effects = Table("effects", MetaData(), Column("n", Integer), Column("id", String(1000)))
 
     def __init__(
-        self, url: URL, source: Source, kind: str, act: Act = lambda message: None, **options: Any
+        self,
+        url: URL,
+        source: Source,
+        kind: str,
+        act: Act = lambda message: None,
+        *,
+        prepare: bool = True,
+        **options: Any,
     ) -> None:
+        """`prepare`: make the tables, now."""
         self.app = App(url)
         decorate = self.app.consumer("shop", source, **options)
         insert = self.effects.insert()
@@ -49,6 +57,10 @@ class Shop:
         decorate(handle_async if kind == "async" else handle)
         assert self.app.engine is not None
         self.engine = self.app.engine
+        if prepare:
+            self._prepare()
+
+    def _prepare(self) -> None:
         with self.engine.begin() as connection:
             self.effects.create(connection, checkfirst=True)
         with self.engine.begin() as connection:
