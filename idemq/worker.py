@@ -69,6 +69,7 @@ class ConsumerWorker:
         self._clock = clock
         self._lock = threading.Lock()
         self._stopping = False
+        self._told = float("-inf")
         #: Keys being worked on here, each with the copies that wait for it: they never reach the database.
         self._in_flight: dict[bytes, list[Item]] = {}
         name = feed.consumer.name
@@ -125,14 +126,24 @@ class ConsumerWorker:
         item.delivery.rest()
         item.releases += 1
         delay = _pause(item.releases)
-        log.warning(
-            "%s: %r not done (%s); tried again in %.1f s",
-            self.feed.consumer.name,
-            _id(item),
-            shown(verdict.cause),
-            delay,
-        )
+        if verdict.failed or self._may_tell():
+            log.warning(
+                "%s: %r not done (%s); tried again in %.1f s",
+                self.feed.consumer.name,
+                _id(item),
+                shown(verdict.cause),
+                delay,
+            )
         self._clock.later(delay, lambda: self._lanes.put([item]))
+
+    def _may_tell(self) -> bool:
+        """Once a second: what the database does befalls every message alike, while it is down."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._told + 1.0:
+                return False
+            self._told = now
+            return True
 
     def report(self) -> None:
         """One line of what happened since the start."""

@@ -404,3 +404,30 @@ def test_a_database_that_fails_while_a_process_starts_is_waited_for(
         broker.publish(sent(1))
         eventually(lambda: shop.counts() == Counter(["m1"]), 30)
         assert field.end(parent) == 0
+
+
+@pytest.mark.hazard("H55")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_while_the_database_is_down_the_log_stays_short_and_nothing_is_settled(
+    postgres_url: URL, broker: EmbeddedBroker, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    between = Proxy((postgres_url.host or "", postgres_url.port or 5432))
+    through = postgres_url.set(host="127.0.0.1", port=between.port)
+    shop = Shop(postgres_url, broker.source(), kind)
+    unreachable = Shop(through, broker.source(), kind, prepare=False, prefetch=200, concurrency=4)
+    unreachable.number = shop.number
+    between.close()
+    numbers = range(200)
+    broker.publish(sent(*numbers))
+    began = time.monotonic()
+    with caplog.at_level("WARNING", "idemq"), unreachable.running() as worker:
+        eventually(lambda: worker.consumers[0].counts["released"] > 400, 30)
+        assert len(caplog.messages) <= time.monotonic() - began + 1
+        assert worker.consumers[0].counts["failures"] == 0
+    assert shop.claims() == 0
+    assert broker.left() == len(numbers)
+    with shop.running():
+        eventually(lambda: len(shop.counts()) == len(numbers), 30)
+    assert shop.counts() == Counter(f"m{n}" for n in numbers)
+    for each in (shop, unreachable):
+        each.dispose()
