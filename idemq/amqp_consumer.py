@@ -69,6 +69,8 @@ class QueueSubscription:
         self._link: Link | None = None
         self._failures = 0
         self._settled: deque[tuple[int, int]] = deque()
+        #: Handed out in this epoch, and no acknowledgement sent. Written by the I/O thread alone.
+        self._out = 0
         self._wakeup, self._waker = socket.socketpair()
         self._wakeup.setblocking(False)
         self._waker.setblocking(False)
@@ -109,9 +111,14 @@ class QueueSubscription:
         return epoch == self._epoch
 
     def settle(self, epoch: int, tag: int) -> None:
-        """Have `tag` acknowledged, if its epoch still lasts when the I/O thread comes to it."""
+        """Have `tag` acknowledged, if its epoch still lasts when the I/O thread comes to it.
+
+        That is when a quarter of what is out is settled, else at the next pulse, within a second: a wake-up
+        for each one costs more than the acknowledgement.
+        """
         self._settled.append((epoch, tag))
-        self._wake()
+        if 4 * len(self._settled) >= self._out:
+            self._wake()
 
     def _wake(self) -> None:
         # One byte wakes for many settles: the flag is cleared before the deque is emptied, so whoever finds
@@ -148,6 +155,7 @@ class QueueSubscription:
         finally:
             self._link = None
             self._epoch += 1
+            self._out = 0
             link.sever()
             if time.monotonic() - began > LONGEST_PAUSE:
                 self._failures = 0
@@ -163,6 +171,7 @@ class QueueSubscription:
     def _hand_over(self, deliveries: list[QueueDelivery]) -> None:
         with self._handing:  # after `pause` has returned, nothing is handed over
             if not self._paused:
+                self._out += len(deliveries)
                 self._deliver(deliveries)
 
     def _send_settled(self, link: Link) -> None:
@@ -173,6 +182,7 @@ class QueueSubscription:
             if epoch == self._epoch:
                 tags.append(tag)
         if tags:
+            self._out -= len(tags)
             link.ack(tags)
             self._failures = 0
 
