@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from idemq.drivers import error_code, is_transient, kind_of, undo_before_close
 from idemq.errors import BadMessage, BrokeTransaction, InFlight, Reject, SetupError
-from idemq.failures import CONFLICT, REJECTED, Job, bury
+from idemq.failures import BROKE, CONFLICT, REJECTED, Job, bury
 from idemq.guard import Guard
 from idemq.handlers import Handler
 from idemq.ledger import WAIT, Ledger
@@ -122,7 +122,7 @@ class Unit:
         if claim.state == "conflict":
             return self.bury(job, CONFLICT, None)
         if claim.token in job.tokens:
-            return self.bury(job, "", None)  # the dead letter names the reason: it finds its own claim
+            return self.bury(job, BROKE, BrokeTransaction("an earlier attempt committed its claim too early"))
         return Ack(duplicate=True)
 
     def finish(self, job: Job, session: Session | None) -> Verdict:
