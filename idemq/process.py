@@ -131,7 +131,7 @@ class Unit:
             if session is not None:
                 session.flush()
             self._guard.verify()
-        except Exception as error:
+        except BaseException as error:  # a hook of the user's session may raise anything, as the handler may
             return self.fail(job, session, error)
         job.tokens.discard(self._token)  # whatever comes back: a claim found from here on is committed work
         verdict = self._commit(session, Ack())

@@ -11,15 +11,19 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import URL, make_url, text
+from sqlalchemy.orm import Session, sessionmaker
 
 from idemq import Message
+from idemq.sessions import Sessions
 from tests.attacked import Field, attacked, children, source, wait_gone
 from tests.contract.brokers import Broker, EmbeddedBroker, KafkaBroker, RabbitBroker
 from tests.contract.running import Shop
@@ -133,6 +137,35 @@ def test_whatever_a_handler_raises_is_a_failed_attempt(
         assert worker.failure is None
         assert worker.consumers[0].counts["failures"] == 1
     assert shop.counts() == Counter(["m1", "m2"])
+    assert broker.left() == 0
+
+
+class _Leaving(Session):
+    left = 0
+
+    def flush(self, objects: Sequence[Any] | None = None) -> None:
+        _Leaving.left += 1
+        if _Leaving.left == 1:
+            raise SystemExit(3)
+        super().flush(objects)
+
+
+@pytest.mark.hazard("H42")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_whatever_the_users_session_raises_at_its_flush_is_a_failed_attempt(
+    broker: EmbeddedBroker, make: Callable[..., Shop], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Leaving, "left", 0)
+    shop = make(lambda message: None, kind)
+    sessions = Sessions(sessionmaker(class_=_Leaving, autoflush=False))
+    declared = shop.app.consumers["shop"]
+    consumer = replace(declared.consumer, sessions=sessions)
+    shop.app.consumers["shop"] = replace(declared, consumer=consumer)
+    broker.publish(sent(1))
+    with shop.running() as worker:
+        eventually(lambda: shop.counts() == Counter(["m1"]), 10)
+        assert worker.failure is None
+        assert worker.consumers[0].counts["failures"] == 1
     assert broker.left() == 0
 
 
