@@ -26,9 +26,6 @@ from idemq.sessions import Maker, Sessions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: Deliveries that a broker may hand over ahead, for each one that is worked on.
-PREFETCH_PER_LANE = 20
-
 #: Why a SQLite database must be a file.
 MEMORY = "a :memory: database or a StaticPool gives all threads one transaction; use a SQLite file"
 
@@ -159,7 +156,7 @@ class App:
                 **options,
             )
             before = (known_as,) if isinstance(known_as, str) else tuple(known_as)
-            ahead = prefetch or min(1000, PREFETCH_PER_LANE * concurrency)
+            ahead = prefetch or min(1000, source.prefetch_per_lane * concurrency)
             self.consumers[name] = Declared(consumer, source, concurrency, ahead, before)
             return function
 

@@ -124,6 +124,8 @@ class AsyncUnit:
             await self._discard()
             if not isinstance(error, Exception):
                 raise
+            if _cancelling():  # asyncmy makes an error of its own out of a cancellation
+                raise asyncio.CancelledError from error
             return released(error)
         finally:
             if self._unit is not None and self._unit.spoiled:

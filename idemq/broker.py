@@ -81,6 +81,11 @@ class Source(Protocol):
         """For people, without secrets: `queue 'payments' on amqp://shop@localhost:5672/`."""
         ...
 
+    @property
+    def prefetch_per_lane(self) -> int:
+        """How many deliveries to hold for each message worked on, where the user does not say."""
+        ...
+
     def check(self) -> None:
         """Raise `SetupError` when the queue or topic is missing or access is refused, and
         `BrokerUnavailable` when the broker does not answer. Creates what was declared with `declare=True`."""

@@ -22,6 +22,9 @@ from idemq.embedded_file import Connection, connect, errors, is_forked, refuse_f
 from idemq.errors import SetupError
 from idemq.message import Message, encoded
 
+#: What one lane holds ahead of other workers, who could have it instead.
+PREFETCH_PER_LANE = 20
+
 
 class Embedded:
     """A broker in the SQLite file `path`, which belongs to it alone; never the application's database.
@@ -111,6 +114,10 @@ class Queue:
     @property
     def description(self) -> str:
         return f"queue {self.name!r} in {self.broker.path}"
+
+    @property
+    def prefetch_per_lane(self) -> int:
+        return PREFETCH_PER_LANE
 
     def check(self) -> None:
         with closing(self.connect()):

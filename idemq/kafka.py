@@ -37,6 +37,10 @@ T = TypeVar("T")
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
+#: A partition has one reader, so nobody else could have these records; few fetches cost less.
+PREFETCH_PER_LANE = 200
+
+
 class Kafka:
     """A Kafka cluster. Nothing is connected before it is used; the password is shown nowhere."""
 
@@ -159,6 +163,10 @@ class Topic:
     @property
     def description(self) -> str:
         return f"topic {self.name!r} on kafka://{','.join(self.kafka.servers)}, group {self.group!r}"
+
+    @property
+    def prefetch_per_lane(self) -> int:
+        return PREFETCH_PER_LANE
 
     def check(self) -> None:
         _elsewhere(self._check())

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, CursorResult, Dialect, Integer, LargeBinary, String, bindparam, text
+from sqlalchemy import Connection, Dialect, Integer, LargeBinary, String, bindparam, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
@@ -48,17 +49,38 @@ class Statement:
         binds = [bindparam(name, type_=kind) for name, kind in types.items()]
         compiled = text(sql).bindparams(*binds).compile(dialect=dialect)
         self.sql = compiled.string
+        self._error: Any = dialect.loaded_dbapi.Error
         self._order: Sequence[str] | None = getattr(compiled, "positiontup", None)
         self._convert: dict[str, Callable[[Any], Any]] = {}
         for name, kind in types.items():
             if processor := kind.dialect_impl(dialect).bind_processor(dialect):
                 self._convert[name] = processor
 
-    def execute(self, connection: Connection, **values: Any) -> CursorResult[*tuple[Any, ...]]:
+    def first(self, connection: Connection, **values: Any) -> Sequence[Any] | None:
+        """The first row, if there is one. Raises database errors as SQLAlchemy does.
+
+        SQLAlchemy's own way to the driver's cursor takes a fifth of a claim's time.
+        """
         for name, convert in self._convert.items():
             values[name] = convert(values[name])
         parameters = values if self._order is None else tuple(values[name] for name in self._order)
-        return connection.exec_driver_sql(self.sql, parameters)
+        pooled = connection.connection
+        cursor = pooled.cursor()
+        try:
+            cursor.execute(self.sql, parameters)
+            row: Sequence[Any] | None = cursor.fetchone() if cursor.description else None
+            return row
+        except self._error as error:
+            gone = connection.dialect.is_disconnect(error, pooled.dbapi_connection, cursor)
+            wrapped = DBAPIError.instance(
+                self.sql, None, error, self._error, connection_invalidated=gone, dialect=connection.dialect
+            )
+            if gone:
+                connection.invalidate(error)
+            raise wrapped from error
+        finally:
+            with suppress(self._error):  # of a connection that is gone
+                cursor.close()
 
 
 _TYPES: dict[str, TypeEngine[Any]] = {
@@ -147,7 +169,7 @@ class Ledger:
         refuse_autocommit(connection)
         if self._probe is not None:
             with connection.begin():
-                self._probe.execute(connection)
+                self._probe.first(connection)
 
     def claim(
         self,
@@ -169,7 +191,7 @@ class Ledger:
             if self.kind == "mysql":
                 return self._claim_mysql(connection, values)
             token = secrets.token_bytes(8)
-            row = self._insert.execute(connection, token=token, **values).fetchone()
+            row = self._insert.first(connection, token=token, **values)
         except DBAPIError as error:
             if is_lock_timeout(error):
                 raise InFlight from error
@@ -181,9 +203,7 @@ class Ledger:
         return _stored(row[0], row[1], fingerprint)
 
     def _claim_postgresql(self, connection: Connection, values: dict[str, Any]) -> Claim:
-        row = self._insert.execute(
-            connection, wait=f"{max(1, round(self._wait * 1000))}ms", **values
-        ).fetchone()
+        row = self._insert.first(connection, wait=f"{max(1, round(self._wait * 1000))}ms", **values)
         if row is not None:
             return Claim("fresh", row[0], row[1])
         # Only a new statement sees the row of a twin that committed after the first one's snapshot.
@@ -195,7 +215,7 @@ class Ledger:
         connection.exec_driver_sql(bound)
         token = secrets.token_bytes(8)
         try:
-            self._insert.execute(connection, token=token, **values)
+            self._insert.first(connection, token=token, **values)
             return Claim("fresh", token)
         except IntegrityError as error:
             if error_code(error) != 1062:
@@ -205,7 +225,7 @@ class Ledger:
             connection.exec_driver_sql(f"SET SESSION innodb_lock_wait_timeout = {int(before)}")
 
     def _read(self, connection: Connection, values: dict[str, Any]) -> Claim:
-        row = self._look.execute(connection, consumer=values["consumer"], id=values["id"]).fetchone()
+        row = self._look.first(connection, consumer=values["consumer"], id=values["id"])
         if row is None:
             raise InFlight(NO_ANSWER)
         return _stored(row[0], row[1], values["fingerprint"])

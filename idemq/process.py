@@ -48,7 +48,8 @@ class Consumer:
         """Never raises: what cannot be judged becomes a job that is buried."""
         try:
             identifier = message_id(message, self.id)
-            message = replace(message, id=identifier)
+            if message.id != identifier:
+                message = replace(message, id=identifier)
             job = Job(message, key_of(identifier), self.fingerprint(message))
             job.bad = BadMessage(message.unreadable) if message.unreadable else None
         except Exception as error:  # also from the user's id= and fingerprint= functions

@@ -34,6 +34,10 @@ from idemq.kombu_callback import wrap as wrap
 MOST_PREFETCH = 1000
 
 
+#: What one lane holds ahead of other workers, who could have it instead.
+PREFETCH_PER_LANE = 20
+
+
 class RabbitMQ:
     """A RabbitMQ server or cluster. Connects only when a consumer starts; `name` is stable and secret-free.
 
@@ -114,6 +118,10 @@ class Queue:
     @property
     def description(self) -> str:
         return f"queue {self.name!r} on {self.broker.description}"
+
+    @property
+    def prefetch_per_lane(self) -> int:
+        return PREFETCH_PER_LANE
 
     def check(self) -> None:
         """Raise `SetupError` for a missing or different queue and for refused access."""

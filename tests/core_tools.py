@@ -81,6 +81,7 @@ class NoSource:
     """A source for consumers that no worker runs."""
 
     description = "nowhere"
+    prefetch_per_lane = 20
 
     def check(self) -> None:
         raise NotImplementedError
