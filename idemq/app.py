@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -140,11 +141,13 @@ class App:
         a rollback through the driver that is followed by more work, for one more round trip.
         """
         self._check_options(name, id, concurrency, prefetch, wait, unknown)
+        _check_kinds(name, source, id, fingerprint)
         options: dict[str, Any] = {}
         if fingerprint is not True:
             options["fingerprint"] = fingerprint_by(name, fingerprint)
 
         def declare(function: Function) -> Function:
+            self._check_name(name)
             consumer = Consumer(
                 name=name,
                 handler=self._handler(name, function),
@@ -180,14 +183,20 @@ class App:
             raise SetupError(f"consumer {name!r}: id={rule!r} names no header")
         if not name or len(name.encode()) > 200:
             raise SetupError(f"consumer {name!r}: a name has 1 to 200 bytes")
-        if name in self.consumers:
-            raise SetupError(f"consumer {name!r} is declared twice; names scope the ids and must differ")
+        self._check_name(name)
+        for option, number in (("concurrency", concurrency), ("prefetch", prefetch)):
+            if number is not None and type(number) is not int:
+                raise SetupError(f"consumer {name!r}: {option}={number!r} must be a whole number")
         if concurrency < 1:
             raise SetupError(f"consumer {name!r}: concurrency={concurrency} must be at least 1")
         if prefetch is not None and not 1 <= prefetch <= 1000:
             raise SetupError(f"consumer {name!r}: prefetch={prefetch} must be from 1 to 1000")
         if not 0.001 <= wait <= 3600:
             raise SetupError(f"consumer {name!r}: wait={wait} must be from 0.001 to 3600 seconds")
+
+    def _check_name(self, name: str) -> None:
+        if name in self.consumers:
+            raise SetupError(f"consumer {name!r} is declared twice; names scope the ids and must differ")
 
     def _handler(self, name: str, function: Callable[..., Any]) -> Handler:
         handler = read(function, name)
@@ -212,6 +221,13 @@ class App:
         raise SetupError(
             f"consumer {name!r}: its handler is {kind}, but the app has no {kind} engine: {other}"
         )
+
+
+def _check_kinds(name: str, source: object, *functions: object) -> None:
+    if not hasattr(source, "subscribe"):
+        raise SetupError(f"consumer {name!r}: {source!r} is no source such as broker.queue(...)")
+    if any(inspect.iscoroutinefunction(function) for function in functions):
+        raise SetupError(f"consumer {name!r}: id= and fingerprint= take plain functions, not async ones")
 
 
 def _parsed(database: str | URL) -> URL:

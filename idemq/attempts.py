@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+from concurrent.futures import Future
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session
 from tenacity import wait_exponential, wait_random
 
 from idemq.bridge import uninterrupted
+from idemq.errors import Reject
 from idemq.failures import Job
 from idemq.message import Release, Verdict
 from idemq.payload import decode
@@ -42,7 +44,8 @@ class SyncUnit:
                 return Release(FORKED)
             if self._unit is None:
                 self._unit = self._open()
-            return self._attempt(self._unit, job)
+            verdict = self._attempt(self._unit, job)
+            return self._judged(job, verdict) if isinstance(verdict, Release) and job.tokens else verdict
         except BaseException as error:
             self._discard()
             if not isinstance(error, Exception):
@@ -51,6 +54,16 @@ class SyncUnit:
         finally:
             if self._unit is not None and self._unit.spoiled:
                 self._discard()
+
+    def _judged(self, job: Job, verdict: Release) -> Verdict:
+        try:
+            if self._unit is None or self._unit.spoiled:
+                self._discard()
+                self._unit = self._open()
+            return self._unit.judge(job) or verdict
+        except Exception:  # the database is away: the next attempt judges
+            self._discard()
+            return verdict
 
     def _open(self) -> Unit:
         connection = self._engine.connect()
@@ -74,7 +87,7 @@ class SyncUnit:
                     message=job.message, payload=payload, session=session, connection=unit.connection
                 )
             )
-            _refuse_awaitable(result)
+            _refuse_unfinished(result)
         except BaseException as error:  # SystemExit in a handler must not end the worker's thread
             return unit.fail(job, session, error)
         return unit.finish(job, session)
@@ -90,11 +103,20 @@ class SyncUnit:
             self._unit = None
 
 
-def _refuse_awaitable(result: object) -> None:
+def _refuse_unfinished(result: object) -> None:
+    """What was returned instead of done, awaited or raised must not be acknowledged."""
+    if inspect.iscoroutine(result):
+        result.close()
     if inspect.isawaitable(result):
-        if inspect.iscoroutine(result):
-            result.close()
-        raise TypeError("the handler returned an awaitable that nobody awaits; declare it with async def")
+        raise TypeError("the handler returned an awaitable that nobody awaits: write await, and async def")
+    if isinstance(result, Future):
+        raise TypeError("the handler returned a Future: wait for its result() in the handler")
+    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+        raise TypeError(
+            "the handler returned a generator, of which nothing has run: a handler must not yield"
+        )
+    if isinstance(result, BaseException) or result is Reject:
+        raise TypeError(f"the handler returned {result!r}: raise it")
 
 
 class AsyncUnit:
@@ -114,12 +136,11 @@ class AsyncUnit:
         try:
             if self._process != os.getpid():
                 return Release(FORKED)
-            if self._connection is None or self._unit is None:
-                self._connection = connection = await self._engine.connect()
-                self._unit = await connection.run_sync(
-                    lambda sync: Unit(self._consumer, self._number, sync, trigger=self._trigger)
-                )
-            return await self._attempt(self._connection, self._unit, job)
+            connection, unit = await self._connected()
+            verdict = await self._attempt(connection, unit, job)
+            if isinstance(verdict, Release) and job.tokens:
+                return await self._judged(job, verdict)
+            return verdict
         except BaseException as error:
             await self._discard()
             if not isinstance(error, Exception):
@@ -131,6 +152,24 @@ class AsyncUnit:
             if self._unit is not None and self._unit.spoiled:
                 await self._discard()
 
+    async def _connected(self) -> tuple[AsyncConnection, Unit]:
+        if self._connection is None or self._unit is None:
+            self._connection = connection = await self._engine.connect()
+            self._unit = await connection.run_sync(
+                lambda sync: Unit(self._consumer, self._number, sync, trigger=self._trigger)
+            )
+        return self._connection, self._unit
+
+    async def _judged(self, job: Job, verdict: Release) -> Verdict:
+        try:
+            if self._unit is not None and self._unit.spoiled:
+                await self._discard()
+            connection, unit = await self._connected()
+            return await uninterrupted(connection.run_sync(lambda _: unit.judge(job))) or verdict
+        except Exception:  # the database is away: the next attempt judges
+            await self._discard()
+            return verdict
+
     async def _attempt(self, connection: AsyncConnection, unit: Unit, job: Job) -> Verdict:
         verdict = await connection.run_sync(lambda _: unit.begin(job))
         if verdict is not None:
@@ -140,11 +179,12 @@ class AsyncUnit:
         try:
             payload = decode(job.message, handler.decoder) if handler.decoder is not None else None
             session = self._consumer.sessions.on_async(connection) if handler.wants_session else None
-            await handler.function(
+            result = await handler.function(
                 **handler.arguments(
                     message=job.message, payload=payload, session=session, connection=connection
                 )
             )
+            _refuse_unfinished(result)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and _cancelling():
                 raise  # our own task is to end; a CancelledError from the handler's inside is its failure

@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -86,6 +87,10 @@ class Threads(Generic[T]):
             thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
+    def ended(self) -> bool:
+        """A lane ended that nobody stopped."""
+        return not all(thread.is_alive() for thread in self._threads)
+
     def _run(self) -> None:
         lane = self._make()
         while (item := self._queue.get()) is not None:
@@ -155,7 +160,13 @@ class Tasks(Generic[T]):
                 future.exception(max(0.0, end - time.monotonic()))
             except TimeoutError:
                 return False
+            except CancelledError:
+                pass  # it ended, too
         return True
+
+    def ended(self) -> bool:
+        """A lane ended that nobody stopped."""
+        return any(future.done() for future in self._futures)
 
     async def _run(self) -> None:
         lane = self._make()

@@ -174,6 +174,22 @@ class Unit:
             self.spoiled = True
         self.spoiled = self.spoiled or broken or self.connection.closed or self.connection.invalidated
 
+    def judge(self, job: Job) -> Verdict | None:
+        """After a failed attempt: None, unless its claim is there all the same; then the message is dead now.
+
+        Later, or elsewhere, nobody knows whose claim that is, and it passes for a repeat.
+        """
+        assert job.key is not None
+        self._guard.hold()  # an async handler's failure was seen to in a task of its own
+        self._transaction = begin(self.connection)
+        claim = self._ledger.claim(
+            self.connection, self._number, job.key, job.fingerprint, job.message.sent_at
+        )
+        self._transaction.rollback()
+        if claim.state == "fresh" or claim.token not in job.tokens:
+            return None  # the next attempt sees to it
+        return self.bury(job, BROKE, BrokeTransaction("the attempt committed its claim too early"))
+
     def bury(self, job: Job, reason: str, error: BaseException | None) -> Verdict:
         """Make it a dead letter in a transaction of its own. Raises database errors; the unit is spoiled."""
         self._transaction = begin(self.connection)

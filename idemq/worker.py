@@ -111,7 +111,8 @@ class ConsumerWorker:
             case Dead(reason):
                 item.delivery.ack()
                 outcome = "dead"
-                log.warning("%s: dead letter (%s): %r", self.feed.consumer.name, reason, _id(item))
+                why = f" ({shown(str(item.job.bad))})" if item.job is not None and item.job.bad else ""
+                log.warning("%s: dead letter (%s)%s: %r", self.feed.consumer.name, reason, why, _id(item))
             case Release():
                 outcome = "failures" if verdict.failed else "released"
                 self._keep(item, verdict)
@@ -144,6 +145,9 @@ class ConsumerWorker:
                 return False
             self._told = now
             return True
+
+    def lane_lost(self) -> Exception | None:
+        return RuntimeError("a lane was cancelled from outside") if self._lanes.ended() else None
 
     def report(self) -> None:
         """One line of what happened since the start."""
@@ -256,7 +260,7 @@ class Worker:
 
     def _watch(self) -> None:
         for worker in self.consumers:
-            self.failure = worker.crash or worker.subscription.failure
+            self.failure = worker.crash or worker.subscription.failure or worker.lane_lost()
             if self.failure is not None:
                 log.error("%s: cannot go on: %s", worker.feed.consumer.name, self.failure)
                 self._clock.stop()

@@ -131,8 +131,8 @@ class OnKafka:
         from aiokafka import AIOKafkaProducer
 
         producer = AIOKafkaProducer(bootstrap_servers=self._servers, acks="all", enable_idempotence=True)
-        await producer.start()
         try:
+            await producer.start()
             sent: list[Awaitable[Any]] = []
             for number, each in enumerate(payments):
                 headers = [("message-id", each.encode())]

@@ -233,8 +233,8 @@ class KafkaBroker:
         from aiokafka import AIOKafkaProducer
 
         producer = AIOKafkaProducer(bootstrap_servers=self.address, acks="all", enable_idempotence=True)
-        await producer.start()
         try:
+            await producer.start()
             fixed = [(name, value.encode()) for name, value in headers.items()]
             await asyncio.gather(
                 *[
