@@ -203,13 +203,11 @@ USER, PASSWORD = "shop", "s3cret-never-shown"
 
 @contextmanager
 def own_broker() -> Iterator[Broker]:
-    try:
-        from testcontainers.core.container import DockerContainer
-        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+    from testcontainers.core.container import DockerContainer
+    from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
-        container = DockerContainer(servers.SERVERS["kafka"][1])
-    except Exception as error:
-        raise servers.Unavailable(f"no Docker engine ({error.__class__.__name__})") from None
+    servers.require_engine()
+    container = DockerContainer(servers.SERVERS["kafka"][1])
 
     plain, secure = servers.free_port(), servers.free_port()
     login = "org.apache.kafka.common.security.plain.PlainLoginModule"

@@ -5,11 +5,14 @@ The images are the public ones unless `IDEMQ_IMAGE_POSTGRES` and its siblings na
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import lru_cache
 
 #: Server name -> (variable with a URL of a running one, image).
 SERVERS = {
@@ -38,14 +41,37 @@ def server(name: str) -> Iterator[str]:
         return
     if name == "mysql":
         raise Unavailable(f"{variable} is not set")
+    require_engine()
+    with _STARTERS[name](image) as url:
+        yield url
+
+
+def require_engine() -> None:
+    """Raise `Unavailable` where no container can be started."""
+    if missing := _no_engine():
+        raise Unavailable(missing)
+
+
+@lru_cache
+def _no_engine() -> str:
+    """Why no container can be started; empty where one can. Asked once."""
+    reason = _refusal()
+    with warnings.catch_warnings():
+        # A client that found no engine leaves its socket open: collected here, not as an error of some test.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    return reason
+
+
+def _refusal() -> str:
     try:
         import docker
 
-        docker.from_env().ping()
+        with closing(docker.from_env()) as client:
+            client.ping()
     except Exception as error:
-        raise Unavailable(f"no Docker engine ({error.__class__.__name__})") from None
-    with _STARTERS[name](image) as url:
-        yield url
+        return f"no Docker engine ({error.__class__.__name__})"
+    return ""
 
 
 def free_port() -> int:

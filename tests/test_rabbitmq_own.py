@@ -27,13 +27,13 @@ from tests.servers import eventually
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
     try:
-        server = OwnServer(tmp_path_factory.mktemp("tls"))
-    except Exception as error:  # whatever the Docker client raises when there is no engine
-        reason = f"needs a RabbitMQ of its own: no Docker engine ({type(error).__name__})"
+        servers.require_engine()
+    except servers.Unavailable as missing:
+        reason = f"needs a RabbitMQ of its own: {missing}"
         if servers.required():
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
-    with server:
+    with OwnServer(tmp_path_factory.mktemp("tls")) as server:
         yield server
 
 
