@@ -84,10 +84,10 @@ class NoSource:
     prefetch_per_lane = 20
 
     def check(self) -> None:
-        raise NotImplementedError
+        raise AssertionError("no worker runs this consumer")
 
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
-        raise NotImplementedError
+        raise AssertionError("no worker runs this consumer")
 
 
 NOWHERE = NoSource()
