@@ -11,10 +11,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
+from idemq import App, Message, SetupError
+from idemq.cli.run import prepare, refuse_small_pools
 from idemq.worker import shown
+from tests.core_tools import NOWHERE
 from tests.servers import eventually
 
 SHOP = """
@@ -189,3 +195,53 @@ def alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def crowded(*, asynchronous: bool = False, **options: Any) -> App:
+    """Two consumers that work on five messages at a time, over an engine that nobody answers at."""
+    make = create_async_engine if asynchronous else create_engine
+    app = App(
+        make(
+            "sqlite+aiosqlite:////nowhere/at/all.db" if asynchronous else "sqlite:////nowhere/at/all.db",
+            **options,
+        )
+    )
+
+    def handle(message: Message) -> None: ...
+
+    async def handle_async(message: Message) -> None: ...
+
+    for name, concurrency in (("receipts", 2), ("audit", 3)):
+        app.consumer(name, NOWHERE, concurrency=concurrency)(handle_async if asynchronous else handle)
+    return app
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_pool_that_is_too_small_for_the_lanes_is_refused(asynchronous: bool) -> None:
+    app = crowded(asynchronous=asynchronous, pool_size=3, max_overflow=1)
+    with pytest.raises(SetupError) as refused:
+        prepare(app, list(app.consumers.values()))
+    assert all(
+        words in str(refused.value)
+        for words in ("'receipts', 'audit'", "concurrency", "5 connections", "gives 4", "pool_size=5")
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool_size": 3, "max_overflow": 2},
+        {"pool_size": 1, "max_overflow": -1},
+        {"pool_size": 0},
+        {"poolclass": NullPool},
+    ],
+    ids=str,
+)
+def test_a_pool_that_is_large_enough_for_the_lanes_is_used(options: dict[str, Any]) -> None:
+    app = crowded(**options)
+    refuse_small_pools(app, list(app.consumers.values()))
+
+
+def test_only_the_chosen_consumers_need_connections() -> None:
+    app = crowded(pool_size=3, max_overflow=0)
+    refuse_small_pools(app, [app.consumers["audit"]])

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 import typer
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Pool, QueuePool
+from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import (
     Retrying,
     retry_if_exception_type,
@@ -83,8 +84,32 @@ def prepare(app: App, chosen: list[Declared]) -> list[Feed]:
 
     Raises `SetupError`, `SchemaError` or `Failure` for what waiting does not mend.
     """
+    refuse_small_pools(app, chosen)
     trigger = _patiently(lambda: with_connection(app, lambda connection: _check_tables(app, connection)))
     return [_feed(app, declared, trigger) for declared in chosen]
+
+
+def refuse_small_pools(app: App, chosen: list[Declared]) -> None:
+    """Raise `SetupError` where an engine of the user's cannot give every lane a connection.
+
+    A lane holds its connection, so one that came too late would never get any.
+    """
+    users: dict[Pool, list[Declared]] = {}
+    for declared in chosen:
+        engine = app.engine_for(declared.consumer)
+        pool = engine.sync_engine.pool if isinstance(engine, AsyncEngine) else engine.pool
+        users.setdefault(pool, []).append(declared)
+    for pool, several in users.items():
+        if not isinstance(pool, QueuePool) or pool._max_overflow < 0:
+            continue  # it gives as many as are wanted
+        needed, most = sum(each.concurrency for each in several), pool.size() + pool._max_overflow
+        if needed > most:
+            names = ", ".join(repr(each.consumer.name) for each in several)
+            raise SetupError(
+                f"consumer {names}: concurrency needs {needed} connections, one for each message worked on, "
+                f"but the pool of the engine gives {most}: create_engine(..., pool_size={needed}), or a "
+                "lower concurrency"
+            )
 
 
 def _feed(app: App, declared: Declared, trigger: bool) -> Feed:
