@@ -31,7 +31,7 @@ from idemq.errors import BrokeTransaction, SetupError
 from idemq.ledger import WAIT
 from idemq.process import allow_commit
 from idemq.scopes import ConnectionScope, Scope, SessionScope
-from idemq.work import AsyncEngineWork, EngineWork, Work
+from idemq.work import AsyncEngineWork, AsyncWithBlock, EngineWork, WithBlock, Work
 
 _Borrowed = Session | scoped_session[Any] | Connection
 _AsyncBorrowed = AsyncSession | async_scoped_session[Any] | AsyncConnection
@@ -112,13 +112,13 @@ def once(
         target = target()
     match target:
         case Engine():
-            return _on_engine(target, request)
+            return WithBlock(_on_engine(target, request))
         case AsyncEngine():
-            return _on_async_engine(target, request)
+            return AsyncWithBlock(_on_async_engine(target, request))
         case Session() | Connection():
-            return _inside(target, request)
+            return WithBlock(_inside(target, request))
         case AsyncSession() | AsyncConnection():
-            return _inside_async(target, request)
+            return AsyncWithBlock(_inside_async(target, request))
     raise SetupError(
         f"once(): {type(target).__name__} is no Engine, Session or Connection of SQLAlchemy, sync or async"
     )

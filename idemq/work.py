@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from types import TracebackType
+from typing import Any, Never, TypeVar
 
 import msgspec
 from sqlalchemy import Connection
@@ -16,6 +18,51 @@ from idemq.sessions import Sessions
 
 #: The largest `work.result`, in bytes of JSON.
 MAX_RESULT_BYTES = 64 * 1024
+
+Entered = TypeVar("Entered")
+
+
+class WithBlock(AbstractContextManager[Entered]):
+    """What `once` returns: a `with` block and, unlike those of contextlib, no decorator."""
+
+    def __init__(self, block: AbstractContextManager[Entered]) -> None:
+        self._block = block
+
+    def __enter__(self) -> Entered:
+        return self._block.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._block.__exit__(kind, error, trace)
+
+    def __call__(self, *_: object) -> Never:
+        _refuse_to_decorate()
+
+
+class AsyncWithBlock(AbstractAsyncContextManager[Entered]):
+    """`WithBlock` for `async with`."""
+
+    def __init__(self, block: AbstractAsyncContextManager[Entered]) -> None:
+        self._block = block
+
+    async def __aenter__(self) -> Entered:
+        return await self._block.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._block.__aexit__(kind, error, trace)
+
+    def __call__(self, *_: object) -> Never:
+        _refuse_to_decorate()
+
+
+def _refuse_to_decorate() -> Never:
+    raise SetupError(
+        "once() is no decorator: its one id would be that of every call, and the function could not see "
+        "work.fresh. Write `with once(target, consumer, message_id) as work:` where the id is at hand"
+    )
 
 
 class Work:

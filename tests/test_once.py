@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, insert
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from idemq import Conflict, InFlight, NoId, SetupError, once
@@ -264,3 +265,14 @@ def test_a_block_may_be_entered_used_and_left_in_different_threads(caller: Calle
         thread.start()
         thread.join()
     assert (caller.effects(), caller.claims()) == (["effect"], 1)
+
+
+@pytest.mark.parametrize("make", [create_engine, create_async_engine], ids=["sync", "async"])
+def test_as_a_decorator_it_is_refused_because_nobody_would_look_at_fresh(make: Any) -> None:
+    drivername = "sqlite" if make is create_engine else "sqlite+aiosqlite"
+    decorate: Any = once(make(f"{drivername}:////nowhere/at/all.db"), "shop", "1")
+
+    def work() -> None: ...
+
+    with pytest.raises(SetupError, match=r"no decorator.*work\.fresh.*with once\("):
+        decorate(work)
