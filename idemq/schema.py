@@ -106,6 +106,7 @@ def build(schema: str | None = None) -> MetaData:
     options: dict[str, Any] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
     _heart(metadata, options)
     _failures(metadata, options)
+    _audit(metadata, options)
     _leaving(metadata, options)
     _small(metadata, options)
     return metadata
@@ -184,6 +185,26 @@ def _failures(metadata: MetaData, options: dict[str, Any]) -> None:
         UniqueConstraint("consumer", "identity", name="idemq_failed_identity"),
         Index("idemq_failed_due", "consumer", "state", "not_before"),
         Index("idemq_failed_lane", "consumer", "lane", "seq"),
+        sqlite_autoincrement=True,
+        **options,
+    )
+
+
+def _audit(metadata: MetaData, options: dict[str, Any]) -> None:
+    Table(
+        "idemq_audit",
+        metadata,
+        Column("seq", Serial, primary_key=True, autoincrement=True),
+        Column("at", Time, nullable=False),
+        Column("who", LongText, nullable=False),
+        Column("action", String(20), nullable=False),  # "retry" or "drop"
+        Column("consumer", Integer, nullable=False),
+        # The dead letter that it was done to; the row itself may be gone.
+        Column("pk", Key, nullable=False),
+        Column("identity", Key, nullable=False),
+        Column("reason", String(40), nullable=False),
+        Column("why", LongText),
+        Index("idemq_audit_identity", "consumer", "identity"),
         sqlite_autoincrement=True,
         **options,
     )

@@ -25,6 +25,7 @@ _SERIAL = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 def upgrade(op: Operations, schema: str | None) -> None:
     _heart(op, schema)
     _failures(op, schema)
+    _audit(op, schema)
     _leaving(op, schema)
     _small(op, schema)
 
@@ -96,6 +97,24 @@ def _failures(op: Operations, schema: str | None) -> None:
             "idemq_failed_due": ["consumer", "state", "not_before"],
             "idemq_failed_lane": ["consumer", "lane", "seq"],
         },
+        sqlite_autoincrement=True,
+    )
+
+
+def _audit(op: Operations, schema: str | None) -> None:
+    _create(
+        op,
+        schema,
+        "idemq_audit",
+        sa.Column("seq", _SERIAL, primary_key=True, autoincrement=True),
+        sa.Column("at", _TIME, nullable=False),
+        sa.Column("who", _TEXT, nullable=False),
+        sa.Column("action", sa.String(20), nullable=False),
+        sa.Column("consumer", sa.Integer, nullable=False),
+        *(sa.Column(name, _KEY, nullable=False) for name in ("pk", "identity")),
+        sa.Column("reason", sa.String(40), nullable=False),
+        sa.Column("why", _TEXT),
+        indexes={"idemq_audit_identity": ["consumer", "identity"]},
         sqlite_autoincrement=True,
     )
 
