@@ -60,19 +60,20 @@ class Block:
     """The claim, and then the guarded work of one `once`, on a sync Connection."""
 
     def __init__(self, scope: Scope, request: Request, number: int | None = None) -> None:
-        """Claims. Raises `Conflict` and `InFlight`; nothing of the block is left then.
+        """Claims. Raises `Conflict`, `InFlight` and `SchemaError`; nothing of the block is left then.
 
         `number` is the consumer's, where it is known; else it is looked up in this transaction.
         """
         self._scope, self._request = scope, request
         self._guard: Guard | None = None
         connection = scope.connection
+        #: What an earlier call stored as its result.
+        self.stored: bytes | None = None
         try:
-            self.number = number or names.number_of(connection, request.consumer, request.schema)
-            self.claim = claim_in(connection, request, self.number)
+            with names.naming_missing_tables():
+                self.number = number or names.number_of(connection, request.consumer, request.schema)
+                self.claim = claim_in(connection, request, self.number)
             self.fresh = self.claim.state == "fresh"
-            #: What an earlier call stored as its result.
-            self.stored: bytes | None = None
             if self.fresh:
                 self._watch(connection)
             else:
@@ -191,7 +192,15 @@ def has_trigger(connection: Connection, database_schema: str | None) -> bool:
 
 
 def registered(connection: Connection, consumer: str, database_schema: str | None) -> int:
-    """The consumer's number, known to be committed: new names get a transaction of their own."""
+    """The consumer's number, known to be committed: new names get a transaction of their own.
+
+    Raises `SchemaError` where the tables are missing.
+    """
+    with names.naming_missing_tables():
+        return _registered(connection, consumer, database_schema)
+
+
+def _registered(connection: Connection, consumer: str, database_schema: str | None) -> int:
     numbers = _numbers.setdefault(connection.engine, {})
     name = (database_schema, consumer)
     if name not in numbers:

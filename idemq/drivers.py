@@ -90,6 +90,13 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     return error_code(error) in ("55P03", 1205)
 
 
+def is_missing_table(error: DBAPIError) -> bool:
+    """One of idemq's own tables does not exist, or the schema for them."""
+    words = (str(error.orig).splitlines() or [""])[0]  # PostgreSQL's further lines quote the statement
+    missing = error_code(error) in ("42P01", 1146) or "no such table: " in words
+    return missing and "idemq_" in words
+
+
 def is_transient(error: BaseException) -> bool:
     """The database's state is the cause, not the message: run the whole transaction again.
 

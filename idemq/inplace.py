@@ -30,7 +30,7 @@ from tenacity import (
 
 from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
 from idemq.block import has_trigger, registered
-from idemq.errors import NotSettled, SetupError
+from idemq.errors import NotSettled, SchemaError, SetupError
 from idemq.failures import Job
 from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
@@ -83,7 +83,8 @@ class InPlace:
         self._idle_async: deque[AsyncUnit] = deque()
 
     def run(self, message: Message, stop: threading.Event | None = None) -> Ack | Dead:
-        """Raises `NotSettled`, at once between two attempts when `stop` is set, and what ends the process."""
+        """Raises `NotSettled`, at once between two attempts when `stop` is set, `SchemaError` where
+        tables are missing, and what ends the process."""
         stop = stop or threading.Event()
         trying = Retrying(
             sleep=sleep_using_event(stop),
@@ -132,7 +133,7 @@ class InPlace:
             try:
                 with self._engine.connect() as connection:
                     number, trigger = self._place(connection)
-            except SetupError:
+            except (SetupError, SchemaError):
                 raise
             except Exception as error:
                 return released(error)
@@ -154,7 +155,7 @@ class InPlace:
             try:
                 async with self._engine.connect() as connection:
                     number, trigger = await connection.run_sync(self._place)
-            except SetupError:
+            except (SetupError, SchemaError):
                 raise
             except Exception as error:
                 return released(error)

@@ -6,19 +6,31 @@ A number is never given to two consumers, and a name keeps its number for ever, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Connection, Engine, Table, insert, select
 from sqlalchemy.engine import Transaction
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from idemq import schema
-from idemq.drivers import kind_of
-from idemq.errors import SetupError
+from idemq.drivers import is_missing_table, kind_of
+from idemq.errors import SchemaError, SetupError
 
 _known: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
 _uncommitted: WeakSet[Transaction] = WeakSet()
+
+
+@contextmanager
+def naming_missing_tables() -> Iterator[None]:
+    """Raise `SchemaError` in the place of the database's error, where a table of idemq is missing."""
+    try:
+        yield
+    except DBAPIError as error:
+        if is_missing_table(error):
+            raise SchemaError("the tables of idemq are missing: run `idemq db upgrade APP`") from error
+        raise
 
 
 def register(

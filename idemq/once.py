@@ -101,8 +101,9 @@ def once(
 
     `consumer` scopes the ids. `body` tells a repeat from another message with the same id, which raises
     `Conflict`; None compares nothing. A twin in flight is waited for, `wait` seconds at most, then `InFlight`
-    is raised. `schema` is the database schema of idemq's tables. `strict` notices also a rollback through the
-    driver that is followed by more work, for one more round trip.
+    is raised. `schema` is the database schema of idemq's tables; where they are missing, `SchemaError` is
+    raised. `strict` notices also a rollback through the driver that is followed by more work, for one more
+    round trip.
 
     Any exception means: do not acknowledge. When the reply to COMMIT was lost, nobody knows what happened;
     the next delivery's block finds out.
@@ -135,8 +136,8 @@ def claim(
 ) -> bool:
     """Record the id in the connection's transaction: True when it is new, False when it was there already.
 
-    Raises `Conflict` and `InFlight` like `once`, and leaves the transaction as it was then. For an
-    AsyncConnection: `await connection.run_sync(claim, ...)`.
+    Raises `Conflict`, `InFlight` and `SchemaError` like `once`, and leaves the transaction as it was then.
+    For an AsyncConnection: `await connection.run_sync(claim, ...)`.
 
     It cannot see what comes after it. Prefer `once`, unless the work cannot be put into a block: a commit too
     early, a rollback, a database error that was swallowed (PostgreSQL then answers COMMIT with a rollback and
@@ -152,8 +153,9 @@ def claim(
     scope = ConnectionScope(connection)
     scope.release()
     try:
-        number = names.number_of(connection, consumer, schema)
-        fresh = claim_in(connection, request, number).state == "fresh"
+        with names.naming_missing_tables():
+            number = names.number_of(connection, consumer, schema)
+            fresh = claim_in(connection, request, number).state == "fresh"
         if fresh and has_trigger(connection, schema):
             allow_commit(connection)
     except BaseException:

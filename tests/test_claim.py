@@ -31,6 +31,7 @@ from idemq import (
     Message,
     NoId,
     NotSettled,
+    SchemaError,
     SetupError,
     claim,
     once,
@@ -92,6 +93,17 @@ def test_claim_is_reached_through_run_sync(caller: Caller) -> None:
 
     assert caller.runner is not None
     assert caller.runner.run(main(caller.tested)) == [True, False]
+
+
+@pytest.mark.hazard("H56")
+@on(*PLAIN)
+def test_claim_names_missing_tables_and_leaves_the_transaction_usable(caller: Caller) -> None:
+    with caller.engine.connect() as connection:
+        connection.execute(insert(effects).values(mark="kept"))
+        with pytest.raises(SchemaError, match="`idemq db upgrade APP`"):
+            claim(connection, "shop", "1", schema="nowhere")
+        connection.commit()
+    assert caller.effects() == ["kept"]
 
 
 def test_claim_wants_a_connection() -> None:

@@ -141,6 +141,14 @@ def test_seen_tells_processed_dead_and_unknown_ids_apart(
     check_one_line(run(capsys, "seen", app, "ledger", "done"), 1, "no consumer named 'ledger'")
 
 
+@pytest.mark.hazard("H56")
+def test_seen_without_tables_names_the_command_that_makes_them(
+    database_url: URL, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = write(app_on(database_url)) + ":app"
+    check_one_line(run(capsys, "seen", app, "receipts", "x"), 1, f"`idemq db upgrade {app}`")
+
+
 # --- expected failures are one line, without a traceback and without the password -----------------------
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import kombu
@@ -17,7 +18,7 @@ from sqlalchemy import URL, Engine, create_engine, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from idemq import Message, NotSettled, Reject, SetupError, kafka, rabbitmq, schema
+from idemq import Message, NotSettled, Reject, SchemaError, SetupError, kafka, rabbitmq, schema
 from idemq.inplace import InPlace
 from idemq.kombu_callback import Callback
 from idemq.message import Ack, Dead
@@ -97,6 +98,16 @@ def test_a_database_that_is_away_is_waited_for_and_then_not_settled() -> None:
         with pytest.raises(NotSettled):
             place.run(message())
         place.close()
+
+
+@pytest.mark.hazard("H56")
+def test_missing_tables_are_named_at_once(tmp_path: Path) -> None:
+    empty = create_engine(f"sqlite:///{tmp_path / 'empty.db'}")
+    place = InPlace(pay, empty, "shop")
+    with pytest.raises(SchemaError, match="`idemq db upgrade APP`"):
+        place.run(message())
+    place.close()
+    empty.dispose()
 
 
 def test_dead_letters_are_written_and_may_be_acknowledged(engine: Engine) -> None:

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, insert
+from sqlalchemy import Connection, create_engine, insert, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
-from idemq import Conflict, InFlight, NoId, SetupError, once
+from idemq import Conflict, InFlight, NoId, SchemaError, SetupError, once
 from idemq.work import Work
 from tests.once_tools import BORROWED, EVERY, Caller, Effect, caller, databases, effects, mark, on
 
@@ -276,3 +277,18 @@ def test_as_a_decorator_it_is_refused_because_nobody_would_look_at_fresh(make: A
 
     with pytest.raises(SetupError, match=r"no decorator.*work\.fresh.*with once\("):
         decorate(work)
+
+
+@pytest.mark.hazard("H56")
+@on()
+def test_missing_tables_are_named_with_the_command_that_makes_them(caller: Caller) -> None:
+    with pytest.raises(SchemaError, match="`idemq db upgrade APP`") as raised:
+        caller("1", schema="nowhere")
+    assert isinstance(raised.value.__cause__, DBAPIError)
+    assert caller("1") == (True, None)  # the connection went back in order
+
+
+@on(*[pair for pair in EVERY if pair[1].endswith("engine")])
+def test_a_missing_table_of_the_users_own_is_the_databases_error(caller: Caller) -> None:
+    with pytest.raises(DBAPIError, match="nothere"):
+        caller("1", lambda work, connection, session: connection.execute(text("SELECT * FROM nothere")))

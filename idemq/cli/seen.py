@@ -9,6 +9,7 @@ from sqlalchemy import Connection, select
 
 from idemq import names, schema
 from idemq.cli.loading import AppName, Failure, load, with_connection
+from idemq.errors import SchemaError
 from idemq.message import key_of
 
 Name = Annotated[str, typer.Argument(metavar="CONSUMER", help="The consumer's name, or one that it had.")]
@@ -18,7 +19,15 @@ Identifier = Annotated[str, typer.Argument(metavar="ID", help="The message id, e
 def seen(app: AppName, consumer: Name, identifier: Identifier) -> None:
     """Say whether and when a consumer processed a message id; exits with 1 when it did not."""
     loaded = load(app)
-    words = with_connection(loaded, lambda connection: _look(connection, loaded.schema, consumer, identifier))
+
+    def look(connection: Connection) -> str | None:
+        with names.naming_missing_tables():
+            return _look(connection, loaded.schema, consumer, identifier)
+
+    try:
+        words = with_connection(loaded, look)
+    except SchemaError as error:
+        raise SchemaError(str(error).replace(" APP`", f" {app}`")) from error
     typer.echo(words or f"{consumer} has not processed {identifier!r}, or has forgotten it")
     if words is None:
         raise typer.Exit(1)
