@@ -26,7 +26,6 @@ Body = bytes | str | None
 
 _BODILESS = Message(body=None)
 _ledgers: WeakKeyDictionary[Engine, dict[tuple[str | None, float], Ledger]] = WeakKeyDictionary()
-_numbers: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
 _triggers: WeakKeyDictionary[Engine, dict[str | None, bool]] = WeakKeyDictionary()
 
 
@@ -161,21 +160,19 @@ class Block:
 
 def claim_in(connection: Connection, request: Request, number: int) -> Claim:
     """Claim in the connection's transaction. Raises `Conflict` and `InFlight`."""
-    ledger = ledger_of(connection, request)
+    ledger = ledger_of(connection, request.schema, request.wait)
     claim = ledger.claim(connection, number, request.key, request.fingerprint, None)
     if claim.state == "conflict":
         raise Conflict
     return claim
 
 
-def ledger_of(connection: Connection, request: Request) -> Ledger:
-    """The claim statement as the request wants it, made once for each engine."""
+def ledger_of(connection: Connection, database_schema: str | None, wait: float) -> Ledger:
+    """The claim statement for this schema and wait, made once for each engine."""
     ledgers = _ledgers.setdefault(connection.engine, {})
-    ledger = ledgers.get((request.schema, request.wait))
+    ledger = ledgers.get((database_schema, wait))
     if ledger is None:
-        ledger = ledgers[request.schema, request.wait] = Ledger(
-            connection.dialect, request.schema, request.wait
-        )
+        ledger = ledgers[database_schema, wait] = Ledger(connection.dialect, database_schema, wait)
     return ledger
 
 
@@ -201,18 +198,17 @@ def registered(connection: Connection, consumer: str, database_schema: str | Non
 
 
 def _registered(connection: Connection, consumer: str, database_schema: str | None) -> int:
-    numbers = _numbers.setdefault(connection.engine, {})
-    name = (database_schema, consumer)
-    if name not in numbers:
-        Ledger(connection.dialect, database_schema, WAIT).check(connection)
+    numbers, name = names.remembered(connection), (database_schema, consumer)
+    if name in numbers:
+        return numbers[name]
+    ledger_of(connection, database_schema, WAIT).check(connection)
     for tries in range(5):
-        if name in numbers:
-            break
         begin(connection)
         try:
             number = names.register(connection, consumer, (), database_schema)
             connection.commit()
             numbers[name] = number
+            break
         except DBAPIError as error:  # somebody else registers it at the same time
             connection.rollback()
             if tries == 4 or not (isinstance(error, IntegrityError) or is_transient(error)):

@@ -1,16 +1,19 @@
 """Consumer names and their numbers, which scope the claims.
 
 A number is never given to two consumers, and a name keeps its number for ever, so that a rename by
-`known_as` leaves old and new processes of a rolling deploy with the same claims.
+`known_as` leaves old and new processes of a rolling deploy with the same claims. Numbers are random: when the
+tables are dropped and made anew, or restored from a backup, under processes that remember the old numbers,
+none of them is given to another consumer, whose ids would then pass for repeats.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, Table, insert, select
+from sqlalchemy import Connection, Table, insert, select
 from sqlalchemy.engine import Transaction
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
@@ -18,19 +21,33 @@ from idemq import schema
 from idemq.drivers import is_missing_table, kind_of
 from idemq.errors import SchemaError, SetupError
 
-_known: WeakKeyDictionary[Engine, dict[tuple[str | None, str], int]] = WeakKeyDictionary()
+#: Moves on when tables were found missing: all connections then forget the numbers that they know.
+_generation = 0
 _uncommitted: WeakSet[Transaction] = WeakSet()
 
 
 @contextmanager
 def naming_missing_tables() -> Iterator[None]:
     """Raise `SchemaError` in the place of the database's error, where a table of idemq is missing."""
+    global _generation
     try:
         yield
     except DBAPIError as error:
         if is_missing_table(error):
+            _generation += 1
             raise SchemaError("the tables of idemq are missing: run `idemq db upgrade APP`") from error
         raise
+
+
+def remembered(connection: Connection) -> dict[tuple[str | None, str], int]:
+    """The numbers by (database schema, name) that are known to be committed where `connection` leads to.
+
+    Each database connection remembers its own, because the next one may lead to a database that was restored,
+    or whose file was replaced.
+    """
+    key = "idemq numbers", _generation
+    numbers: dict[tuple[str | None, str], int] = connection.info.setdefault(key, {})
+    return numbers
 
 
 def register(
@@ -51,10 +68,8 @@ def register(
         )
     number = next(iter(found.values()), None)
     if number is None:
-        result = connection.execute(insert(schema.table("idemq_consumers", database_schema)).values())
-        key = result.inserted_primary_key
-        assert key is not None
-        number = int(key[0])
+        number = 1 + secrets.randbelow(2**31 - 1)
+        connection.execute(insert(schema.table("idemq_consumers", database_schema)).values(id=number))
     for each in every:
         if each not in found:
             connection.execute(insert(names).values(name=each.encode(), consumer=number))
@@ -64,9 +79,9 @@ def register(
 def number_of(connection: Connection, name: str, database_schema: str | None = None) -> int:
     """The number of `name` inside the caller's transaction, inserted there when it is missing.
 
-    Remembered in this process only once a committed transaction held it: another one could roll it back.
+    Remembered only once a committed transaction held it: another one could roll it back.
     """
-    cache = _known.setdefault(connection.engine, {})
+    cache = remembered(connection)
     if (number := cache.get((database_schema, name))) is not None:
         return number
     names = schema.table("idemq_consumer_names", database_schema)
