@@ -87,7 +87,10 @@ def error_code(error: DBAPIError) -> str | int | None:
 
 def is_lock_timeout(error: DBAPIError) -> bool:
     """Somebody else held a lock for longer than the bound."""
-    return error_code(error) in ("55P03", 1205)
+    code = error_code(error)
+    if error.orig.__class__.__module__.startswith("sqlite3"):
+        return isinstance(code, int) and code & 0xFF in (5, 6)
+    return code in ("55P03", 1205)
 
 
 def is_missing_table(error: DBAPIError) -> bool:

@@ -101,9 +101,9 @@ def once(
 
     `consumer` scopes the ids. `body` tells a repeat from another message with the same id, which raises
     `Conflict`; None compares nothing. A twin in flight is waited for, `wait` seconds at most, then `InFlight`
-    is raised. `schema` is the database schema of idemq's tables; where they are missing, `SchemaError` is
-    raised. `strict` notices also a rollback through the driver that is followed by more work, for one more
-    round trip.
+    is raised (SQLite: for the connection's busy timeout, because any other writer may be the twin). `schema`
+    is the database schema of idemq's tables; where they are missing, `SchemaError` is raised. `strict` sees
+    also a rollback through the driver that is followed by more work, for one more round trip.
 
     Any exception means: do not acknowledge. When the reply to COMMIT was lost, nobody knows what happened;
     the next delivery's block finds out.

@@ -10,10 +10,14 @@ from typing import Protocol
 
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import RootTransaction
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from idemq.drivers import kind_of, refuse_autocommit, status_reader
-from idemq.errors import BrokeTransaction, SetupError
+from idemq.drivers import is_lock_timeout, kind_of, refuse_autocommit, status_reader
+from idemq.errors import BrokeTransaction, InFlight, SetupError
+
+#: SQLite has one writer at a time, and does not say what it works on.
+OTHER_WRITER = "another writer, perhaps of the same id, held the SQLite file for longer than the busy timeout"
 
 
 class Scope(Protocol):
@@ -171,12 +175,20 @@ class SessionScope:
 
 
 def begin(connection: Connection) -> None:
-    """Have the connection in a transaction, also where SQLAlchemy's or SQLite's driver has not begun yet."""
+    """Have the connection in a transaction, also where SQLAlchemy's or SQLite's driver has not begun yet.
+
+    Raises `InFlight` when SQLite's other writer, who may be the twin, does not end within the busy timeout.
+    """
     _refuse_autocommit(connection)
     if not connection.in_transaction():
         connection.begin()
     if kind_of(connection.dialect) == "sqlite" and not status_reader(connection)():
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except DBAPIError as error:
+            if is_lock_timeout(error):
+                raise InFlight(OTHER_WRITER) from error
+            raise
 
 
 def _refuse_autocommit(connection: Connection) -> None:

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, insert, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import Connection, create_engine, event, insert, select, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 
 from idemq import Conflict, InFlight, NoId, SchemaError, SetupError, once
@@ -92,6 +92,34 @@ def test_a_twin_in_flight_is_waited_for_and_then_named(caller: Caller) -> None:
         assert caller("1", wait=30) == (False, None)
         twin.result()
     assert caller.effects() == ["twin"]
+
+
+@on(*[(kind, how) for kind, how in EVERY if kind == "sqlite"])
+def test_on_sqlite_any_other_writer_may_be_the_twin_when_its_lock_is_waited_for_too_long(
+    caller: Caller,
+) -> None:
+    tested = caller.tested.sync_engine if isinstance(caller.tested, AsyncEngine) else caller.tested
+    event.listen(tested, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 50"))
+    with once(caller.engine, "shop", "1") as work:
+        work.session.execute(insert(effects).values(mark="twin"))
+        with pytest.raises(InFlight, match="SQLite") as raised:
+            caller("1")
+        assert isinstance(raised.value.__cause__, OperationalError)
+    assert caller("1") == (False, None)
+    assert caller.effects() == ["twin"]
+
+
+@on(("sqlite", "pysqlite engine"))
+def test_on_sqlite_a_lock_in_a_transaction_that_was_begun_for_reading_is_in_flight_too(
+    caller: Caller,
+) -> None:
+    with caller.engine.connect() as reader:
+        reader.exec_driver_sql("PRAGMA busy_timeout = 50")
+        reader.exec_driver_sql("BEGIN")
+        reader.execute(select(effects.c.mark)).all()
+        with once(caller.engine, "shop", "1"), pytest.raises(InFlight), once(reader, "shop", "1"):
+            pass
+    assert caller("1") == (False, None)
 
 
 @on(*BORROWED)
