@@ -71,8 +71,9 @@ def give_back(connection: Connection, owner: int) -> None:
 
 def row_of(message: Message) -> tuple[Any, ...]:
     """The columns of a message as they are stored; raises for what a message may not hold."""
-    if message.body is None:
-        raise TypeError("a message of the embedded broker has a body")
+    if not isinstance(message.body, bytes | bytearray | memoryview):  # bytes() would take numbers and lists
+        kind = type(message.body).__name__
+        raise TypeError(f"the body of a message of the embedded broker is bytes, not {kind}")
     headers = json.dumps(dict(message.headers), allow_nan=False).encode() if message.headers else None
     texts = (message.id, message.content_type, message.content_encoding)
     id, content_type, content_encoding = (None if text is None else encoded(text) for text in texts)

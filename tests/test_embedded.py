@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,6 +139,20 @@ def test_a_batch_with_a_message_that_cannot_be_kept_is_not_published(broker: Emb
     with pytest.raises((TypeError, ValueError)):
         broker.publish_many("q", [Message(body=b"good"), bad])
     assert broker.depth("q") == (0, 0)
+
+
+@pytest.mark.parametrize("body", [7, [1, 2], True, "text", None])
+def test_a_body_that_is_not_bytes_is_refused(broker: Embedded, body: Any) -> None:
+    with pytest.raises(TypeError, match=f"body .* bytes, not {type(body).__name__}"):
+        broker.publish("q", body)
+    assert broker.depth("q") == (0, 0)
+
+
+def test_a_body_may_be_any_kind_of_bytes(broker: Embedded) -> None:
+    bodies: list[Any] = [b"x", bytearray(b"x"), memoryview(b"x")]
+    for body in bodies:
+        broker.publish("q", body)
+    assert broker.depth("q") == (3, 0)
 
 
 def test_queues_whose_names_differ_only_in_case_or_accents_are_different(broker: Embedded) -> None:
