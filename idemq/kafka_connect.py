@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class Reading:
     session_timeout: float
     rebalance_timeout: float
     stuck_after: float
+    #: Marks the epochs of this subscription, and of no other.
+    owner: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 def server_list(servers: str | Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ _NO_HEADERS: tuple[dict[str, Any], frozenset[str], str | None] = ({}, frozenset(
 FETCH_BYTES = 1024 * 1024
 
 
-def message_from(record: Any, broker: str) -> Message:
+def message_from(record: Any, broker: str, *, redelivered: bool = False) -> Message:
     """The message in an aiokafka `ConsumerRecord` read without deserializers; `broker` is its name here."""
     headers, repeated, unreadable = _headers(record.headers) if record.headers else _NO_HEADERS
     content_type, content_encoding = headers.get("content-type"), headers.get("content-encoding")
@@ -40,6 +40,7 @@ def message_from(record: Any, broker: str) -> Message:
         content_type=content_type if isinstance(content_type, str) else None,
         content_encoding=content_encoding if isinstance(content_encoding, str) else None,
         sent_at=_time(record.timestamp),
+        redelivered=redelivered,
         origin={
             "broker": broker,
             "topic": record.topic,

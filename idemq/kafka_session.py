@@ -29,10 +29,8 @@ from idemq.kafka_delivery import Flow, KafkaDelivery
 from idemq.kafka_epochs import Epochs
 from idemq.kafka_records import message_from, reread
 from idemq.kafka_watch import Watchdog
-from idemq.offsets import Tracker
+from idemq.offsets import CAP, Tracker
 
-#: Records of one partition that may be delivered and not yet committed; then it waits for the oldest.
-CAP = 1_000
 #: Commit at least so often when something is finished.
 COMMIT_INTERVAL = 0.2
 #: How long one fetch waits for records. Not a limit: during a rebalance aiokafka waits on.
@@ -75,7 +73,9 @@ class Session:
         """Returns when the subscription is closed; raises when the consumer must be built anew."""
         await reach(dict(self._reading.options))
         self._consumer = self._build()
-        epochs = self._epochs = Epochs(self._consumer, self._reading, self._closing)
+        epochs = self._epochs = Epochs(
+            self._consumer, self._reading, self._closing, assigned=self._finished.set
+        )
         watchdog = self._watchdog = Watchdog(self._consumer, self._reading, epochs, self._readable)
         orderly = False
         try:
@@ -90,7 +90,7 @@ class Session:
 
     def _build(self) -> AIOKafkaConsumer:
         reading = self._reading
-        session = int(reading.session_timeout * 1000)
+        session, rebalance = int(reading.session_timeout * 1000), int(reading.rebalance_timeout * 1000)
         return AIOKafkaConsumer(
             **reading.options,
             group_id=reading.group,
@@ -98,8 +98,9 @@ class Session:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
             session_timeout_ms=session,
-            heartbeat_interval_ms=min(3_000, session // 3),
-            rebalance_timeout_ms=int(reading.rebalance_timeout * 1000),
+            # A rebalance is learned of by a heartbeat, and time must be left for what is under way.
+            heartbeat_interval_ms=min(3_000, session // 3, rebalance // 4),
+            rebalance_timeout_ms=rebalance,
             max_poll_interval_ms=NEVER_MILLISECONDS,
         )
 
@@ -160,29 +161,35 @@ class Session:
             await epochs.see_tails()
 
     def _readable(self) -> tuple[Sequence[TopicPartition], int]:
-        """The partitions to read from (none: whichever will be assigned) and how many records at most."""
+        """The partitions to read from, and how many records at most."""
         room = self._flow.room()
-        assigned = self._consumer.assignment()
-        if not assigned:
-            return (), min(room, CAP)
-        left = {partition: CAP - self._uncommitted(partition) for partition in assigned}
+        begun = self._epochs.begun if self._epochs is not None else {}
+        left = {partition: CAP - tracker.uncommitted for partition, tracker in begun.items()}
         open_ = {partition: records for partition, records in left.items() if records > 0}
         return tuple(open_), min(room, *open_.values()) if open_ else 0
 
-    def _uncommitted(self, partition: TopicPartition) -> int:
-        tracker = self._epochs.get(partition) if self._epochs is not None else None
-        return tracker.uncommitted if tracker is not None else 0
-
     def _hand_out(self, epochs: Epochs, found: Mapping[TopicPartition, Sequence[Any]]) -> None:
+        begun = epochs.begun
+        found = dict(found)
+        # A rebalance came while they were fetched.
+        early = {partition: found.pop(partition) for partition in list(found) if partition not in begun}
         if not self._flow.hand_out(sum(map(len, found.values()))):  # paused meanwhile
-            for partition, records in found.items():
-                self._consumer.seek(partition, records[0].offset)
+            early |= found
+            found.clear()
+        for partition, records in early.items():
+            self._consumer.seek(partition, records[0].offset)
+        if not found:
             return
         deliveries = []
         for partition, records in found.items():
             tracker = epochs.delivered(partition, [record.offset for record in records])
             deliveries += [
-                KafkaDelivery(message_from(record, self._reading.broker), tracker, record.offset, self._flow)
+                KafkaDelivery(
+                    message_from(record, self._reading.broker, redelivered=tracker.suspect(record.offset)),
+                    tracker,
+                    record.offset,
+                    self._flow,
+                )
                 for record in records
             ]
         try:
@@ -201,7 +208,7 @@ class Session:
         Where that is not possible (a rebalance came between), the error stands: the consumer is built anew.
         """
         log.debug("%s: %s", self._reading.description, told(error))
-        starts = {partition: epochs.get(partition) for partition in partitions or self._consumer.assignment()}
+        starts = {partition: epochs.get(partition) for partition in partitions}
         if None in starts.values():
             raise error
         for partition, tracker in starts.items():
@@ -231,13 +238,15 @@ class Session:
     async def _commits(self, epochs: Epochs) -> None:
         while True:
             await _within(self._finished, COMMIT_INTERVAL)
+            await epochs.begin()
+            self._settled.set()  # there may be more to read from
             self._flow.committing()
             await epochs.commit()
 
     async def _leave(self, epochs: Epochs, remaining: Callable[[], float], orderly: bool) -> None:
         """Commit what is finished, if all is well, and leave the group; in bounded time."""
         if orderly:
-            await self._tried(epochs.commit(), remaining() / 2)
+            await self._tried(epochs.leave(), remaining() / 2)
         epochs.end()
         if not await self._tried(self._consumer.stop(), remaining()):
             # stop() closes the connections last, so they are still open.

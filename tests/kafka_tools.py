@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from tests import servers
@@ -52,13 +55,39 @@ def topics(servers: str) -> set[str]:
 
 def committed(servers: str, group: str, topic: str) -> dict[int, int]:
     """Partition -> committed offset of the group."""
+    return {partition: offset for partition, (offset, _) in marks(servers, group, topic).items()}
 
-    async def work() -> dict[int, int]:
+
+def marks(servers: str, group: str, topic: str) -> dict[int, tuple[int, str]]:
+    """Partition -> committed offset of the group, and the metadata beside it."""
+
+    async def work() -> dict[int, tuple[int, str]]:
         async with _Admin(servers) as admin:
             offsets = await admin.list_consumer_group_offsets(group)
-            return {tp.partition: meta.offset for tp, meta in offsets.items() if tp.topic == topic}
+            return {
+                tp.partition: (meta.offset, meta.metadata)
+                for tp, meta in offsets.items()
+                if tp.topic == topic
+            }
 
     return run(work())
+
+
+def commit(servers: str, group: str, topic: str, offset: int, metadata: str = "") -> None:
+    """What any other client of the group may have committed for partition 0."""
+    from aiokafka import AIOKafkaConsumer
+
+    async def work() -> None:
+        consumer = AIOKafkaConsumer(bootstrap_servers=servers, group_id=group, enable_auto_commit=False)
+        try:
+            await consumer.start()
+            partition = TopicPartition(topic, 0)
+            consumer.assign([partition])
+            await consumer.commit({partition: (offset, metadata)})
+        finally:
+            await consumer.stop()
+
+    run(work())
 
 
 def members(servers: str, group: str) -> tuple[str, list[str]]:
@@ -71,6 +100,19 @@ def members(servers: str, group: str) -> tuple[str, list[str]]:
             return str(found[2]), [str(member[0]) for member in found[5]]
 
     return run(work())
+
+
+def evict(servers: str, group: str) -> None:
+    """Every member leaves the group, as a dead one does when its session times out."""
+
+    async def work() -> None:
+        async with _Admin(servers) as admin:
+            coordinator = await admin.find_coordinator(group)
+            (response,) = await admin.describe_consumer_groups([group])
+            for member in response.groups[0][5]:
+                await admin._client.send(coordinator, LeaveGroupRequest(group, member[0]))
+
+    run(work())
 
 
 def ends(servers: str, topic: str, partitions: int) -> dict[int, int]:
@@ -233,3 +275,23 @@ def own_broker() -> Iterator[Broker]:
     container.waiting_for(LogMessageWaitStrategy("Kafka Server started").with_startup_timeout(90))
     with container:
         yield Broker(f"localhost:{plain}", f"localhost:{secure}", container)
+
+
+def hold(servers: str, topic: str, group: str, *finish: str) -> None:
+    """Read until killed: start every record, print its offset, acknowledge those at the offsets `finish`."""
+    from idemq.broker import Delivery
+    from idemq.kafka import Kafka
+
+    def show(deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            offset = delivery.message.origin["offset"]
+            if delivery.start() and str(offset) in finish:
+                delivery.ack()
+            print(offset, flush=True)
+
+    Kafka(servers).topic(topic, group=group, session_timeout=6).subscribe("hold", show, 5_000)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    hold(*sys.argv[1:])
