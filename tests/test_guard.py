@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -209,3 +211,10 @@ def test_whatever_stands_in_a_string_hides_no_commit_after_it(words: str, kind: 
 )
 def test_whatever_stands_in_a_comment_hides_no_commit_after_it(words: str, kind: str) -> None:
     assert ends_transaction(f"/* {words} */ COMMIT", kind)
+
+
+@pytest.mark.parametrize("kind", EVERYWHERE)
+def test_a_long_definition_takes_time_in_proportion_to_its_length(kind: str) -> None:
+    began = time.process_time()
+    ends_transaction("CREATE " + "TRIGGER BEGINNING " * 8000, kind)
+    assert time.process_time() - began < 2  # it is milliseconds; in proportion to the square, half a minute
