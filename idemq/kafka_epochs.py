@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from threading import Event
 from time import monotonic
 from typing import Any
@@ -22,8 +22,10 @@ from idemq.offsets import Tracker, suspects_before
 
 #: aiokafka repeats a commit for ever; after this long the consumer is built anew.
 COMMIT_SECONDS = 10.0
-#: How long a partition may take to tell where it begins or ends; then it is asked again.
+#: How long to wait for what aiokafka will know of a partition soon; then it is asked again.
 ASK_SECONDS = 0.2
+#: How long a partition may take to tell its end: a slow one gets more suspects, but it does get read.
+END_SECONDS = 2.0
 #: How often the tails of partitions are looked at.
 TAIL_SECONDS = 0.2
 
@@ -102,8 +104,7 @@ class Epochs(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             await self._send(offsets, fresh)
 
     async def _starts(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, tuple[int, int]]:
-        """Where each begins, and before which offset its records are suspects. Without those that cannot be
-        told now."""
+        """Where each begins, and before which offset its records are suspects; those that can tell it now."""
         async with _answered(self._reading):
             # `committed` of the consumer itself would keep the metadata back.
             found = await self._consumer._coordinator.fetch_committed_offsets(list(partitions))
@@ -118,13 +119,11 @@ class Epochs(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is un
             return None if position is None else (position, 0)
         before = suspects_before(found.metadata, self._reading.owner)
         if before > found.offset:
-            try:
-                async with asyncio.timeout(ASK_SECONDS):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(END_SECONDS):
                     ends = await self._consumer.end_offsets([partition])
-            except TimeoutError:
-                return None
-            # What is written from now on, nobody can have had.
-            before = min(before, ends[partition])
+                # What is written from now on, nobody can have had.
+                before = min(before, ends[partition])
         return found.offset, before
 
     async def commit(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import CommitFailedError
 
+from idemq import kafka_epochs
 from idemq.broker import Delivery
 from idemq.kafka import Kafka, Topic
 from idemq.kafka_consumer import KafkaSubscription
@@ -53,8 +55,11 @@ def owning(servers: str, name: str, **options: Any) -> Iterator[Inbox]:
         subscription.close(10)
 
 
-def killed(servers: str, name: str, records: int, *finish: int, committed: int = 0) -> None:
-    """An owner that has started so many records and finished some of them, when it is killed."""
+@contextmanager
+def holding(
+    servers: str, name: str, records: int, *finish: int, committed: int = 0
+) -> Iterator[subprocess.Popen[str]]:
+    """An owner in a process of its own that has started so many records, and finished some of them."""
     child = subprocess.Popen(
         [sys.executable, "-m", "tests.kafka_tools", servers, name, name, *map(str, finish)],
         stdout=subprocess.PIPE,
@@ -65,8 +70,14 @@ def killed(servers: str, name: str, records: int, *finish: int, committed: int =
             assert child.stdout is not None
             assert [int(child.stdout.readline()) for _ in range(records)] == list(range(records))
             eventually(lambda: tools.committed(servers, name, name) == {0: committed}, what="the commit")
+            yield child
         finally:
             child.kill()
+
+
+def killed(servers: str, name: str, records: int, *finish: int, committed: int = 0) -> None:
+    with holding(servers, name, records, *finish, committed=committed):
+        pass
     tools.evict(servers, name)
 
 
@@ -197,6 +208,64 @@ def test_an_owner_that_lives_on_does_not_suspect_what_it_had_itself(kafka_server
         assert mark(kafka_servers, unique) == first
     finally:
         subscription.close(10)
+
+
+@pytest.mark.hazard("H34")
+def test_what_was_not_drained_in_time_is_suspect_for_the_next_owner_and_not_for_the_same(
+    kafka_servers: str, unique: str
+) -> None:
+    tools.create_topic(kafka_servers, unique, partitions=2)
+    for partition in (0, 1):
+        tools.produce(kafka_servers, unique, numbers(20), partition=partition)
+    topic = topic_of(kafka_servers, unique, rebalance_timeout=2.0)
+    first, second = Inbox(), Inbox()
+    staying = topic.subscribe("first", first, 100)
+    try:
+        for delivery in first.take(40):
+            if delivery.message.origin["offset"] == 7:
+                assert delivery.start()
+        coming = topic.subscribe("second", second, 100)
+        try:
+            assert suspects(second.take(20)) == list(range(8))
+            assert suspects(first.take(60)) == []
+        finally:
+            coming.close(10)
+    finally:
+        staying.close(10)
+
+
+def test_a_partition_that_does_not_tell_its_end_has_more_suspects_but_is_read(
+    kafka_servers: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(kafka_epochs, "END_SECONDS", 0.2)
+    monkeypatch.setattr(AIOKafkaConsumer, "end_offsets", hang)
+    topic_with(kafka_servers, unique, 3)
+    tools.commit(kafka_servers, unique, unique, 0, "open")
+    with owning(kafka_servers, unique) as inbox:
+        assert suspects(inbox.take(3)) == [0, 1, 2]
+    assert mark(kafka_servers, unique)[1].startswith("open to ")
+
+
+def test_an_owner_that_was_frozen_makes_suspects_and_its_return_changes_nothing(
+    kafka_servers: str, unique: str
+) -> None:
+    topic_with(kafka_servers, unique, 30)
+    with holding(kafka_servers, unique, 30) as frozen:
+        frozen.send_signal(signal.SIGSTOP)
+        tools.evict(kafka_servers, unique)
+        with owning(kafka_servers, unique) as inbox:
+            deliveries = inbox.take(30)
+            assert suspects(deliveries) == list(range(30))
+            finish(deliveries[:10])
+            eventually(lambda: mark(kafka_servers, unique) == (10, "open"), what="the commit")
+            frozen.send_signal(signal.SIGCONT)
+            # It joins again, and the topic has one partition: one of the two gets it.
+            eventually(lambda: len(tools.members(kafka_servers, unique)[1]) == 2, what="its return")
+            assert mark(kafka_servers, unique)[0] == 10
+            assert mark(kafka_servers, unique)[1].startswith("open")
 
 
 def _break_the_session() -> None:
