@@ -1,5 +1,6 @@
 """Idempotent message consumers: each message's id and its effect commit together."""
 
+from idemq import letters
 from idemq.app import App
 from idemq.errors import (
     BadMessage,
@@ -14,6 +15,7 @@ from idemq.errors import (
     SchemaError,
     SetupError,
 )
+from idemq.letters import Letter
 from idemq.message import Message
 from idemq.once import claim, once
 
@@ -27,6 +29,7 @@ __all__ = [
     "Conflict",
     "IdemqError",
     "InFlight",
+    "Letter",
     "Message",
     "NoId",
     "NotSettled",
@@ -34,5 +37,6 @@ __all__ = [
     "SchemaError",
     "SetupError",
     "claim",
+    "letters",
     "once",
 ]

@@ -109,6 +109,13 @@ def find(connection: Connection, name: str, database_schema: str | None = None) 
     return _look_up(connection, name, names)
 
 
+def known(connection: Connection, database_schema: str | None = None) -> dict[int, str]:
+    """Every consumer's number and name; of several names the first in the alphabet."""
+    names = schema.table("idemq_consumer_names", database_schema)
+    rows = connection.execute(select(names.c.consumer, names.c.name).order_by(names.c.name.desc()))
+    return {number: name.decode() for number, name in rows}
+
+
 def _look_up(connection: Connection, name: str, names: Table) -> int | None:
     query = select(names.c.consumer).where(names.c.name == name.encode())
     if kind_of(connection.dialect) in ("mysql", "mariadb"):

@@ -205,6 +205,7 @@ def _audit(metadata: MetaData, options: dict[str, Any]) -> None:
         Column("reason", String(40), nullable=False),
         Column("why", LongText),
         Index("idemq_audit_identity", "consumer", "identity"),
+        Index("idemq_audit_pk", "pk"),
         sqlite_autoincrement=True,
         **options,
     )

@@ -114,7 +114,7 @@ def _audit(op: Operations, schema: str | None) -> None:
         *(sa.Column(name, _KEY, nullable=False) for name in ("pk", "identity")),
         sa.Column("reason", sa.String(40), nullable=False),
         sa.Column("why", _TEXT),
-        indexes={"idemq_audit_identity": ["consumer", "identity"]},
+        indexes={"idemq_audit_identity": ["consumer", "identity"], "idemq_audit_pk": ["pk"]},
         sqlite_autoincrement=True,
     )
 
