@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from idemq.cli import db, demo, run, seen
+from idemq.cli import db, demo, failed, run, seen
 from idemq.cli.loading import Failure
 from idemq.errors import IdemqError, SetupError
 
@@ -23,6 +23,9 @@ root = typer.Typer(
 )
 root.add_typer(db.commands, name="db")
 root.command()(run.run)
+root.command()(failed.status)
+root.add_typer(failed.dead, name="dead")
+root.add_typer(failed.parked, name="parked")
 root.command()(seen.seen)
 root.command()(demo.demo)
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from traceback import extract_tb
@@ -18,7 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idemq.app import App
 from idemq.drivers import is_refused, is_transient
-from idemq.errors import IdemqError, SetupError
+from idemq.errors import IdemqError, SchemaError, SetupError
+from idemq.names import naming_missing_tables
 
 Result = TypeVar("Result")
 
@@ -117,6 +119,37 @@ def with_connection(app: App, work: Callable[[Connection], Result]) -> Result:
         lasting = is_refused(error) or (connected and not is_transient(error))
         kind = Failure if lasting else Unreachable
         raise kind(f"the database {where} {action}: {_reason(error, engine.url.password)}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """The database of an app, for commands that read and write its tables."""
+
+    name: str
+    app: App
+
+    @property
+    def schema(self) -> str | None:
+        return self.app.schema
+
+    def do(self, work: Callable[[Connection], Result]) -> Result:
+        """`with_connection`; raises `SchemaError` naming the command when there are no tables."""
+
+        def on_tables(connection: Connection) -> Result:
+            with naming_missing_tables():
+                return work(connection)
+
+        try:
+            return with_connection(self.app, on_tables)
+        except SchemaError as error:
+            raise SchemaError(str(error).replace(" APP`", f" {self.name}`")) from error
+
+    def renamed(self, consumer: str) -> str:
+        """What the app calls a consumer now, of which the database knows several names."""
+        for name, declared in self.app.consumers.items():
+            if consumer in declared.known_as:
+                return name
+        return consumer
 
 
 async def _in_a_loop(engine: AsyncEngine, work: Callable[[Connection], Result]) -> Result:
