@@ -197,6 +197,22 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_it_at_once_with_the_code_that_shells_know(
+    shop: Path, number: signal.Signals, code: int
+) -> None:
+    source = (shop / "shop.py").read_text()
+    hold = 'open("entered", "w").close(); time.sleep(600)'
+    (shop / "shop.py").write_text(source.replace("raise RuntimeError", f"{hold}; raise RuntimeError"))
+    publish(shop, "m1", '{"n": -1}')
+    with running(shop) as process:
+        eventually(lambda: (shop / "entered").exists())
+        process.send_signal(number)
+        eventually(lambda: said(shop, "stopping: finishing what was begun"))
+        process.send_signal(number)
+        assert process.wait(10) == code
+
+
 def crowded(*, asynchronous: bool = False, **options: Any) -> App:
     """Two consumers that work on five messages at a time, over an engine that nobody answers at."""
     make = create_async_engine if asynchronous else create_engine

@@ -37,24 +37,26 @@ class Supervisor:
         self._count = count
         self._stopping = threading.Event()
         self._running: set[subprocess.Popen[bytes]] = set()
-        #: Signals (True), and keepers that ended (False). Handlers interrupt each other, so they may not take
-        #: a lock; to put into this queue takes none.
-        self._events: SimpleQueue[bool] = SimpleQueue()
+        #: Signals by their number, and a 0 for each keeper that ended. Handlers interrupt each other, so they
+        #: may not take a lock; to put into this queue takes none.
+        self._events: SimpleQueue[int] = SimpleQueue()
         self._code = 0
 
     def run(self) -> int:
-        signal.signal(signal.SIGTERM, lambda *_: self._events.put(True))
-        signal.signal(signal.SIGINT, lambda *_: self._events.put(True))
+        signal.signal(signal.SIGTERM, lambda number, _: self._events.put(number))
+        signal.signal(signal.SIGINT, lambda number, _: self._events.put(number))
         for _ in range(self._count):
             threading.Thread(target=self._keep, daemon=True).start()
         signals = ended = 0
         while ended < self._count:
-            if not self._events.get():
+            number = self._events.get()
+            if not number:
                 ended += 1
                 continue
             signals += 1
             self._stop()
             if signals > 1:
+                self._code = 128 + number  # what a shell says of a process that the signal ended
                 self._kill()
         return self._code
 
@@ -75,7 +77,7 @@ class Supervisor:
             started = time.monotonic()
             code = self._run_one()
             if self._stopping.is_set():
-                self._code = self._code or abs(code)
+                self._code = self._code or (128 - code if code < 0 else code)
             elif code == SETUP_ERROR:
                 self._code = code
                 self._stop()
@@ -84,7 +86,7 @@ class Supervisor:
                 delay = min(MAX_DELAY, 0.1 * 2**short_lives)
                 log.error("a worker process ended (%s); started again in %.1f s", _words(code), delay)
                 self._stopping.wait(delay)
-        self._events.put(False)
+        self._events.put(0)
 
     def _run_one(self) -> int:
         # A group of its own keeps Ctrl-C from the children. The end of the pipe tells them to stop, also when
