@@ -91,6 +91,11 @@ class Source(Protocol):
         `BrokerUnavailable` when the broker does not answer. Creates what was declared with `declare=True`."""
         ...
 
+    def orders(self) -> None:
+        """Raise `SetupError`, with the remedy, when messages of one key may overtake each other on their way
+        to the worker: several workers share them out, or one goes back behind those that came after it."""
+        ...
+
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
         """Start consuming in the background; `consumer` names threads and log lines.
 

@@ -123,6 +123,12 @@ class Queue:
         with closing(self.connect()):
             pass
 
+    def orders(self) -> None:
+        raise SetupError(
+            f"{self.description} shares its messages out between consumers, in no order: take a Kafka topic "
+            "or a RabbitMQ queue with x-single-active-consumer"
+        )
+
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
         if not isinstance(prefetch, int) or prefetch < 1:
             raise SetupError(

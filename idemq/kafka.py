@@ -201,6 +201,9 @@ class Topic:
             reason = (text[0] if text else None) or for_code(code).__name__
             raise SetupError(f"{self.description}: cannot be created (declare=True): {reason}")
 
+    def orders(self) -> None:
+        """A partition has one consumer of the group, and comes in the order of its offsets."""
+
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
         from idemq.kafka_consumer import KafkaSubscription
 

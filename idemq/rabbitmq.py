@@ -74,6 +74,7 @@ class RabbitMQ:
         """A queue to consume from. `declare=True` makes it when it is missing: durable, with `arguments`.
 
         Otherwise it must exist; with `arguments` it must have been declared durable with exactly these.
+        For messages in order, `arguments` say `{"x-single-active-consumer": True}`.
         """
         return Queue(self, name, declare, dict(arguments or {}))
 
@@ -130,6 +131,14 @@ class Queue:
             link.close(1.0)
         finally:
             link.sever()
+
+    def orders(self) -> None:
+        if self._arguments.get("x-single-active-consumer") is not True:
+            raise SetupError(
+                f"{self.description} shares its messages out between consumers, in no order: make it a queue "
+                "with a single active consumer, and say so with "
+                'arguments={"x-single-active-consumer": True}'
+            )
 
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> QueueSubscription:
         """Consume in a thread of its own until `close`; whatever fails is tried again for ever."""

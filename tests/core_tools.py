@@ -86,6 +86,8 @@ class NoSource:
     def check(self) -> None:
         raise AssertionError("no worker runs this consumer")
 
+    def orders(self) -> None: ...
+
     def subscribe(self, consumer: str, deliver: Deliver, prefetch: int) -> Subscription:
         raise AssertionError("no worker runs this consumer")
 

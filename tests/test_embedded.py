@@ -141,6 +141,11 @@ def test_a_batch_with_a_message_that_cannot_be_kept_is_not_published(broker: Emb
     assert broker.depth("q") == (0, 0)
 
 
+def test_it_delivers_in_no_order_because_consumers_share_a_queue_out(broker: Embedded) -> None:
+    with pytest.raises(SetupError, match=r"queue 'q' in .* Kafka topic or .*x-single-active-consumer"):
+        broker.queue("q").orders()
+
+
 @pytest.mark.parametrize("body", [7, [1, 2], True, "text", None])
 def test_a_body_that_is_not_bytes_is_refused(broker: Embedded, body: Any) -> None:
     with pytest.raises(TypeError, match=f"body .* bytes, not {type(body).__name__}"):
