@@ -30,12 +30,12 @@ def open_mark(owner: str | None, before: int | None = None) -> str:
     return f"open{by}" if before is None else f"open{by} to {before}"
 
 
-def suspects_before(mark: str, owner: str) -> int:
-    """Before which offset records are suspects for `owner`, whatever it was that left `mark`; 0: none are.
+def suspects_before(mark: str | None, owner: str) -> int:
+    """Before which offset records are suspects for `owner`; 0: none are. Any client may have left `mark`.
 
     An owner that finds its own mark has not died of what it had.
     """
-    found = _OPEN.fullmatch(mark)
+    found = _OPEN.fullmatch(mark or "")
     if found is None or found["owner"] == owner:
         return 0
     return int(found["before"] or _EVERYTHING)

@@ -289,5 +289,10 @@ def test_an_owner_suspects_what_others_had_and_not_what_it_had_itself() -> None:
         assert suspects_before(text, "b2") >= 7
 
 
+@pytest.mark.parametrize("mark", [None, "", LEFT, "opened", "open by", "open to x", "open to 7 ", "OPEN"])
+def test_what_is_no_mark_makes_no_suspects(mark: str | None) -> None:
+    assert suspects_before(mark, "a1") == 0
+
+
 def test_an_epoch_that_never_began_leaves_the_mark_of_the_one_before() -> None:
     assert Tracker().leaving("a1") is None
