@@ -49,6 +49,8 @@ class Link:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         connection.drain_events = self._drain
+        #: As `4.1.2`; empty when the server does not say.
+        self.server_version = str(connection.server_properties.get("version", ""))
         #: How often `tick` must be called, in seconds.
         self.pulse: float = min(1.0, connection.heartbeat / 4)
         #: When bytes came last, in monotonic seconds.

@@ -86,9 +86,10 @@ class Source(Protocol):
         """How many deliveries to hold for each message worked on, where the user does not say."""
         ...
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         """Raise `SetupError` when the queue or topic is missing or access is refused, and
-        `BrokerUnavailable` when the broker does not answer. Creates what was declared with `declare=True`."""
+        `BrokerUnavailable` when the broker does not answer. Creates what was declared with `declare=True`.
+        Returns warnings: what is known of the broker's settings by which it may lose messages."""
         ...
 
     def orders(self) -> None:

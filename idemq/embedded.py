@@ -119,9 +119,9 @@ class Queue:
     def prefetch_per_lane(self) -> int:
         return PREFETCH_PER_LANE
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         with closing(self.connect()):
-            pass
+            return []
 
     def orders(self) -> None:
         raise SetupError(

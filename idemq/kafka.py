@@ -168,8 +168,9 @@ class Topic:
     def prefetch_per_lane(self) -> int:
         return PREFETCH_PER_LANE
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         _elsewhere(self._check())
+        return []
 
     async def _check(self) -> None:
         from aiokafka.admin import AIOKafkaAdminClient

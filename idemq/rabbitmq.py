@@ -26,6 +26,7 @@ except ImportError:
 
 from idemq.amqp_consumer import QueueSubscription, refuse_fork
 from idemq.amqp_link import Link
+from idemq.amqp_risks import risks
 from idemq.amqp_url import addresses, description_of
 from idemq.broker import Deliver
 from idemq.kombu_callback import wrap as wrap
@@ -124,11 +125,13 @@ class Queue:
     def prefetch_per_lane(self) -> int:
         return PREFETCH_PER_LANE
 
-    def check(self) -> None:
-        """Raise `SetupError` for a missing or different queue and for refused access."""
+    def check(self) -> list[str]:
+        """Raise `SetupError` for a missing or different queue and for refused access; returns warnings."""
         link = self._connect("idemq check")
         try:
+            warnings = risks(self._arguments, link.server_version)
             link.close(1.0)
+            return warnings
         finally:
             link.sever()
 

@@ -83,7 +83,7 @@ class NoSource:
     description = "nowhere"
     prefetch_per_lane = 20
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         raise AssertionError("no worker runs this consumer")
 
     def orders(self) -> None: ...

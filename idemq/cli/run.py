@@ -116,7 +116,7 @@ def _feed(app: App, declared: Declared, trigger: bool) -> Feed:
     consumer, source = declared.consumer, declared.source
     number = _patiently(lambda: _register(app, declared))
     try:
-        _patiently(source.check)
+        warnings = _patiently(source.check)
     except SetupError as error:
         raise SetupError(f"consumer {consumer.name!r}: {error}") from None
     log.info(
@@ -127,6 +127,8 @@ def _feed(app: App, declared: Declared, trigger: bool) -> Feed:
         declared.prefetch,
         engine_of(app).url.render_as_string(hide_password=True),
     )
+    for warning in warnings:
+        log.warning("%s: %s: %s", consumer.name, source.description, warning)
     return Feed(consumer, source, declared.concurrency, declared.prefetch, number, trigger)
 
 
