@@ -138,6 +138,29 @@ def test_ctrl_c_in_a_handler_is_the_callers_and_undoes_the_attempt(engine: Engin
     again.close()
 
 
+@pytest.mark.parametrize("option", ["id", "fingerprint"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_is_no_exception_in_a_function_of_the_message_is_the_callers_and_settles_nothing(
+    engine: Engine, error: type[BaseException], option: str
+) -> None:
+    """It may come from outside, by a signal handler or a time limit: no cause for a dead letter."""
+
+    def interrupted(message: Message) -> str:
+        raise error
+
+    options: dict[str, Any] = {option: interrupted}
+    place = InPlace(pay, engine, "shop", **options)
+    with pytest.raises(error):
+        place.run(message())
+    with pytest.raises(error):
+        asyncio.run(place.run_in_thread(message()))
+    place.close()
+    assert (effects(engine), reasons(engine)) == ([], [])
+    again = InPlace(pay, engine, "shop")
+    assert again.run(message()) == PROCESSED
+    again.close()
+
+
 def test_many_threads_may_share_a_place_and_its_connections_go_back(engine: Engine) -> None:
     place = InPlace(pay, engine, "shop")
     threads = [
