@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Never, TypeVar
+from functools import partial
+from typing import Any, Literal, Never, TypeVar
 from uuid import UUID
 
 from sqlalchemy import URL, Engine, StaticPool, create_engine, event, make_url
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from tenacity import BaseRetrying
 
 from idemq import drivers
 from idemq.broker import Source
+from idemq.declared import Consumer, fingerprint_by
 from idemq.errors import SetupError
+from idemq.failures import MAX_KEPT
 from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
-from idemq.message import IdRule, Message
-from idemq.process import Consumer, fingerprint_by
+from idemq.message import Message
+from idemq.options import check
+from idemq.retry import policy
 from idemq.sessions import Maker, Sessions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Why a SQLite database must be a file.
 MEMORY = "a :memory: database or a StaticPool gives all threads one transaction; use a SQLite file"
+
+#: Options that the path of a message knows under the same name.
+_PASSED = ("wait", "strict", "deadline", "max_crashes", "undated", "max_kept")
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}\Z")
 
@@ -127,6 +133,11 @@ class App:
         wait: float = WAIT,
         strict: bool = False,
         known_as: str | Sequence[str] = (),
+        retry: BaseRetrying | None = None,
+        deadline: float | None = None,
+        max_crashes: int = 3,
+        undated: Literal["run", "park"] = "run",
+        max_kept: int = MAX_KEPT,
         **unknown: Never,
     ) -> Callable[[Function], Function]:
         """Declare the decorated function as the handler of `source`; it is given back unchanged.
@@ -139,60 +150,56 @@ class App:
         `concurrency`: messages worked on at a time in each process. `prefetch`: unsettled deliveries at a
         time, 1 to 1,000. `wait`: seconds that a repeat waits for its twin in flight. `strict`: notice also
         a rollback through the driver that is followed by more work, for one more round trip.
+
+        `retry` is a `tenacity.Retrying`, of which `stop`, `wait` and `retry` are used; by default twelve
+        tries in about five hours, and four in about eleven seconds for a bug such as a TypeError. What waits
+        longer than a second is parked in the database. `deadline`: seconds that a handler may run; an async
+        one is cancelled, a sync one is not committed, and its process ends 10 s later if it still runs.
+        `max_crashes`: how often a message may end a process in which it runs alone. `undated`: whether a
+        message that does not say when it was sent is run, or becomes a dead letter ("park").
+        `max_kept`: the largest message, in bytes, that is parked or made a dead letter; one that is larger
+        stops the consumer instead.
         """
-        self._check_options(name, id, concurrency, prefetch, wait, unknown)
-        _check_kinds(name, source, id, fingerprint)
-        options: dict[str, Any] = {}
-        if fingerprint is not True:
-            options["fingerprint"] = fingerprint_by(name, fingerprint)
-
-        def declare(function: Function) -> Function:
-            self._check_name(name)
-            consumer = Consumer(
-                name=name,
-                handler=self._handler(name, function),
-                id=(id,) if isinstance(id, str) else id,
-                wait=wait,
-                strict=strict,
-                schema=self.schema,
-                sessions=self.sessions,
-                **options,
-            )
-            before = (known_as,) if isinstance(known_as, str) else tuple(known_as)
-            ahead = prefetch or min(1000, source.prefetch_per_lane * concurrency)
-            self.consumers[name] = Declared(consumer, source, concurrency, ahead, before)
-            return function
-
-        return declare
-
-    def _check_options(
-        self,
-        name: str,
-        rule: IdRule | str | None,
-        concurrency: int,
-        prefetch: int | None,
-        wait: float,
-        unknown: Collection[str],
-    ) -> None:
-        known = ("id", "fingerprint", "concurrency", "prefetch", "wait", "strict", "known_as")
-        for option in unknown:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise SetupError(f"consumer {name!r}: unknown option {option!r}; {hint}")
-        if rule is not None and not callable(rule) and (not rule or not all(rule)):
-            raise SetupError(f"consumer {name!r}: id={rule!r} names no header")
-        if not name or len(name.encode()) > 200:
-            raise SetupError(f"consumer {name!r}: a name has 1 to 200 bytes")
+        given = {
+            "id": id,
+            "fingerprint": fingerprint,
+            "concurrency": concurrency,
+            "prefetch": prefetch,
+            "wait": wait,
+            "strict": strict,
+            "known_as": known_as,
+            "retry": retry,
+            "deadline": deadline,
+            "max_crashes": max_crashes,
+            "undated": undated,
+            "max_kept": max_kept,
+        }
+        check(name, unknown, given)
         self._check_name(name)
-        for option, number in (("concurrency", concurrency), ("prefetch", prefetch)):
-            if number is not None and type(number) is not int:
-                raise SetupError(f"consumer {name!r}: {option}={number!r} must be a whole number")
-        if concurrency < 1:
-            raise SetupError(f"consumer {name!r}: concurrency={concurrency} must be at least 1")
-        if prefetch is not None and not 1 <= prefetch <= 1000:
-            raise SetupError(f"consumer {name!r}: prefetch={prefetch} must be from 1 to 1000")
-        if not 0.001 <= wait <= 3600:
-            raise SetupError(f"consumer {name!r}: wait={wait} must be from 0.001 to 3600 seconds")
+        if not hasattr(source, "subscribe"):
+            raise SetupError(f"consumer {name!r}: {source!r} is no source such as broker.queue(...)")
+        return partial(self._declare, name, source, given)
+
+    def _declare(self, name: str, source: Source, given: dict[str, Any], function: Function) -> Function:
+        self._check_name(name)
+        options: dict[str, Any] = {option: given[option] for option in _PASSED}
+        if given["fingerprint"] is not True:
+            options["fingerprint"] = fingerprint_by(name, given["fingerprint"])
+        rule, before, concurrency = given["id"], given["known_as"], given["concurrency"]
+        consumer = Consumer(
+            name=name,
+            handler=self._handler(name, function),
+            id=(rule,) if isinstance(rule, str) else rule,
+            policy=policy(name, given["retry"]),
+            schema=self.schema,
+            sessions=self.sessions,
+            parks=True,
+            **options,
+        )
+        ahead = given["prefetch"] or min(1000, source.prefetch_per_lane * concurrency)
+        names = (before,) if isinstance(before, str) else tuple(before)
+        self.consumers[name] = Declared(consumer, source, concurrency, ahead, names)
+        return function
 
     def _check_name(self, name: str) -> None:
         if name in self.consumers:
@@ -221,13 +228,6 @@ class App:
         raise SetupError(
             f"consumer {name!r}: its handler is {kind}, but the app has no {kind} engine: {other}"
         )
-
-
-def _check_kinds(name: str, source: object, *functions: object) -> None:
-    if not hasattr(source, "subscribe"):
-        raise SetupError(f"consumer {name!r}: {source!r} is no source such as broker.queue(...)")
-    if any(inspect.iscoroutinefunction(function) for function in functions):
-        raise SetupError(f"consumer {name!r}: id= and fingerprint= take plain functions, not async ones")
 
 
 def _parsed(database: str | URL) -> URL:

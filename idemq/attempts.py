@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+from collections.abc import Awaitable
 from concurrent.futures import Future
 
 from sqlalchemy import Engine
@@ -13,11 +14,13 @@ from sqlalchemy.orm import Session
 from tenacity import wait_exponential, wait_random
 
 from idemq.bridge import uninterrupted
-from idemq.errors import Reject
-from idemq.failures import Job
+from idemq.declared import Consumer
+from idemq.errors import DeadlinePassed, Reject
+from idemq.failures import Job, Outcome
 from idemq.message import Release, Verdict
+from idemq.parking import Found
 from idemq.payload import decode
-from idemq.process import Consumer, Unit, released, throw_away
+from idemq.process import Unit, released, throw_away
 
 #: A connection that two processes share would mix their answers; the child must make its own engine and unit.
 FORKED = (
@@ -42,10 +45,11 @@ class SyncUnit:
         try:
             if self._process != os.getpid():
                 return Release(FORKED)
-            if self._unit is None:
-                self._unit = self._open()
-            verdict = self._attempt(self._unit, job)
-            return self._judged(job, verdict) if isinstance(verdict, Release) and job.tokens else verdict
+            verdict = self._attempt(self._opened(), job)
+            if isinstance(verdict, Outcome):
+                job.outcome = verdict
+                verdict = self._opened().put(job)
+            return verdict
         except BaseException as error:
             self._discard()
             if not isinstance(error, Exception):
@@ -55,15 +59,25 @@ class SyncUnit:
             if self._unit is not None and self._unit.spoiled:
                 self._discard()
 
-    def _judged(self, job: Job, verdict: Release) -> Verdict:
+    def look(self, owner: bytes, count: int, **how: bool) -> Found | Release:
+        """Pick parked messages that are due: `process.Unit.look`. Never raises an Exception."""
         try:
-            if self._unit is None or self._unit.spoiled:
-                self._discard()
-                self._unit = self._open()
-            return self._unit.judge(job) or verdict
-        except Exception:  # the database is away: the next attempt judges
+            return self._opened().look(owner, count, **how)
+        except Exception as error:
             self._discard()
-            return verdict
+            return released(error)
+
+    def give_back(self, owner: bytes) -> None:
+        """`process.Unit.give_back`. Raises database errors."""
+        self._opened().give_back(owner)
+
+    def _opened(self) -> Unit:
+        """A unit that can be used."""
+        if self._unit is not None and self._unit.spoiled:
+            self._discard()
+        if self._unit is None:
+            self._unit = self._open()
+        return self._unit
 
     def _open(self) -> Unit:
         connection = self._engine.connect()
@@ -73,7 +87,7 @@ class SyncUnit:
             throw_away(connection)
             raise
 
-    def _attempt(self, unit: Unit, job: Job) -> Verdict:
+    def _attempt(self, unit: Unit, job: Job) -> Verdict | Outcome:
         verdict = unit.begin(job)
         if verdict is not None:
             return verdict
@@ -136,11 +150,8 @@ class AsyncUnit:
         try:
             if self._process != os.getpid():
                 return Release(FORKED)
-            connection, unit = await self._connected()
-            verdict = await self._attempt(connection, unit, job)
-            if isinstance(verdict, Release) and job.tokens:
-                return await self._judged(job, verdict)
-            return verdict
+            verdict = await self._attempt(*await self._connected(), job)
+            return await self._put(job, verdict) if isinstance(verdict, Outcome) else verdict
         except BaseException as error:
             await self._discard()
             if not isinstance(error, Exception):
@@ -152,7 +163,38 @@ class AsyncUnit:
             if self._unit is not None and self._unit.spoiled:
                 await self._discard()
 
+    async def failed(self, job: Job, error: BaseException) -> Verdict:
+        """An attempt came to its end outside `run`: its task was cancelled from inside."""
+        try:
+            _, unit = await self._connected()
+            return await self._put(job, unit.failed(job, error))
+        except Exception as refused:
+            await self._discard()
+            return released(refused)
+
+    async def _put(self, job: Job, outcome: Outcome) -> Verdict:
+        job.outcome = outcome
+        connection, unit = await self._connected()
+        return await uninterrupted(connection.run_sync(lambda _: unit.put(job)))
+
+    async def look(self, owner: bytes, count: int, **how: bool) -> Found | Release:
+        """Pick parked messages that are due: `process.Unit.look`. Never raises an Exception."""
+        try:
+            connection, unit = await self._connected()
+            return await connection.run_sync(lambda _: unit.look(owner, count, **how))
+        except Exception as error:
+            await self._discard()
+            return released(error)
+
+    async def give_back(self, owner: bytes) -> None:
+        """`process.Unit.give_back`. Raises database errors."""
+        connection, unit = await self._connected()
+        await connection.run_sync(lambda _: unit.give_back(owner))
+
     async def _connected(self) -> tuple[AsyncConnection, Unit]:
+        """A unit that can be used, and its connection."""
+        if self._unit is not None and self._unit.spoiled:
+            await self._discard()
         if self._connection is None or self._unit is None:
             self._connection = connection = await self._engine.connect()
             self._unit = await connection.run_sync(
@@ -160,17 +202,7 @@ class AsyncUnit:
             )
         return self._connection, self._unit
 
-    async def _judged(self, job: Job, verdict: Release) -> Verdict:
-        try:
-            if self._unit is not None and self._unit.spoiled:
-                await self._discard()
-            connection, unit = await self._connected()
-            return await uninterrupted(connection.run_sync(lambda _: unit.judge(job))) or verdict
-        except Exception:  # the database is away: the next attempt judges
-            await self._discard()
-            return verdict
-
-    async def _attempt(self, connection: AsyncConnection, unit: Unit, job: Job) -> Verdict:
+    async def _attempt(self, connection: AsyncConnection, unit: Unit, job: Job) -> Verdict | Outcome:
         verdict = await connection.run_sync(lambda _: unit.begin(job))
         if verdict is not None:
             return verdict
@@ -179,11 +211,11 @@ class AsyncUnit:
         try:
             payload = decode(job.message, handler.decoder) if handler.decoder is not None else None
             session = self._consumer.sessions.on_async(connection) if handler.wants_session else None
-            result = await handler.function(
-                **handler.arguments(
-                    message=job.message, payload=payload, session=session, connection=connection
-                )
+            arguments = handler.arguments(
+                message=job.message, payload=payload, session=session, connection=connection
             )
+            call, deadline = handler.function(**arguments), self._consumer.deadline
+            result = await (call if deadline is None else _within(call, deadline))
             _refuse_unfinished(result)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and _cancelling():
@@ -206,6 +238,17 @@ class AsyncUnit:
         connection, self._connection = self._connection, None
         if connection is not None and unit is not None and self._process == os.getpid():
             await connection.run_sync(lambda _: unit.close())
+
+
+async def _within(call: Awaitable[object], deadline: float) -> object:
+    """Cancels what runs longer, and tells it from a time-out of the handler's own."""
+    try:
+        async with asyncio.timeout(deadline) as limit:
+            return await call
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlinePassed(f"the handler ran longer than its {deadline} s") from None
 
 
 def _cancelling() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Dialect, Engine, event
+from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -85,6 +86,17 @@ def error_code(error: DBAPIError) -> str | int | None:
     return None
 
 
+def begin(connection: Connection) -> RootTransaction:
+    """Start a transaction; on SQLite one that has the write lock from the start (never a failing upgrade)."""
+    transaction = connection.begin()
+    if kind_of(connection.dialect) == "sqlite":
+        raw: Any = connection.connection.driver_connection
+        if raw.in_transaction:  # the engine's own events began one, most often without the write lock
+            connection.exec_driver_sql("ROLLBACK")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    return transaction
+
+
 def is_lock_timeout(error: DBAPIError) -> bool:
     """Somebody else held a lock for longer than the bound."""
     code = error_code(error)
@@ -122,6 +134,21 @@ def is_transient(error: BaseException) -> bool:
             return code & 0xFF in (busy, 6, full, readonly, io, 14)
         return code in _TRANSIENT_MYSQL
     return isinstance(error, OperationalError | InterfaceError) and code is None
+
+
+def is_contention(error: DBAPIError) -> bool:
+    """Another transaction is the cause: a deadlock, a failed serialization, a lock timeout, a busy SQLite."""
+    code = error_code(error)
+    if isinstance(code, str) and len(code) == 5:
+        return code[:2] == "40" or code == "55P03"
+    if error.orig.__class__.__module__.startswith("sqlite3"):
+        return isinstance(code, int) and code & 0xFF in (5, 6)
+    return code in (1205, 1213)
+
+
+def is_outage(error: BaseException) -> bool:
+    """The database is away, is stopping, is read-only or full, or has no connection left."""
+    return is_transient(error) and not (isinstance(error, DBAPIError) and is_contention(error))
 
 
 def is_refused(error: BaseException) -> bool:

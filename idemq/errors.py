@@ -7,13 +7,16 @@ IdemqError
 ├── Conflict            the id was processed with another body
 ├── InFlight            the id is being processed elsewhere, and the bounded wait ran out
 ├── BrokeTransaction    the handler ended, or tried to end, the transaction that it was lent
+├── DeadlinePassed      the handler ran longer than its deadline
 ├── NotSettled          a delivery may not be acknowledged yet, and the time to try was used up
 └── BadMessage          a message that cannot be judged; becomes a dead letter with this reason
     ├── NoId            no id, an ambiguous one, or one over the limit
-    └── Unreadable      a body or header that the decoder refuses
+    ├── Unreadable      a body or header that the decoder refuses
+    └── Crashed         it ended the process that ran it, alone, too often
 
 Raised by handlers on purpose:
 Reject                  this message is wrong: a dead letter now, without another try
+RetryLater              not now: another try after so many seconds, and no failure counted
 
 Without an argument the docstring is the message.
 """
@@ -52,6 +55,10 @@ class BrokeTransaction(IdemqError):
     """The handler ended the transaction that it was lent."""
 
 
+class DeadlinePassed(IdemqError):
+    """The handler ran longer than the consumer's deadline."""
+
+
 class NotSettled(IdemqError):
     """The message is not processed yet: do not acknowledge it."""
 
@@ -73,5 +80,22 @@ class Unreadable(BadMessage):
     """The message cannot be decoded."""
 
 
+class Crashed(BadMessage):
+    """The message ended the process that ran it, again and again, while it ran alone there."""
+
+    reason = "crashed"
+
+
 class Reject(Exception):
     """Raise it from a handler: the message is wrong and becomes a dead letter now, with this reason."""
+
+
+class RetryLater(Exception):
+    """Raise it from a handler: what the message needs is not there yet. Its work is rolled back, it is tried
+    again after `seconds` (at most 30 days), and no failure is counted."""
+
+    def __init__(self, seconds: float, reason: str = "") -> None:
+        if not 0 <= seconds <= 30 * 86_400:
+            raise ValueError(f"RetryLater({seconds!r}): must be from 0 to 2,592,000 seconds")
+        super().__init__(reason or f"again in {seconds} s")
+        self.seconds = seconds

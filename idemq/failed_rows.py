@@ -12,13 +12,13 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, RowMapping, Table, func, select, text
+from sqlalchemy import Column, ColumnElement, Connection, Row, Table, func, select, text
 
 from idemq import names
 from idemq import schema as tables
 from idemq.drivers import kind_of
 from idemq.errors import SetupError
-from idemq.failures import DEAD, WAITING
+from idemq.failures import DEAD, WAITING, as_text, message_of
 from idemq.ledger import NOW
 from idemq.message import Message
 from idemq.packing import unpacked
@@ -178,7 +178,7 @@ def _letter(row: Row[Any], named: Callable[[int], str], message: Message | None 
     return Letter(
         pk=UUID(bytes=row.pk),
         consumer=named(row.consumer),
-        id=_text(unpacked(row.properties).get("message_id")),
+        id=as_text(unpacked(row.properties).get("message_id")),
         state="dead" if row.state == DEAD else "waiting",
         reason=row.reason,
         owns_claim=row.owns_claim,
@@ -196,29 +196,6 @@ def _letter(row: Row[Any], named: Callable[[int], str], message: Message | None 
         last_at=row.last_at,
         message=message,
     )
-
-
-def message_of(row: RowMapping) -> Message:
-    """The message as it was written down."""
-    properties = unpacked(row["properties"])
-    return Message(
-        body=row["body"],
-        headers=unpacked(row["headers"]),
-        id=_text(properties.pop("message_id", None)),
-        key=properties.pop("key", None),
-        content_type=_text(properties.pop("content_type", None)),
-        content_encoding=_text(properties.pop("content_encoding", None)),
-        repeated=frozenset(properties.pop("repeated", ())),
-        unreadable=_text(properties.pop("unreadable", None)),
-        sent_at=row["sent_at"],
-        origin=unpacked(row["origin"]),
-        properties=properties,
-    )
-
-
-def _text(value: Any) -> str | None:
-    """Lone surrogates are kept as bytes."""
-    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
 def _number(connection: Connection, consumer: str, schema: str | None) -> int:

@@ -1,45 +1,75 @@
-"""Dead letters: a message that will not be run is written down whole, together with its claim.
+"""Failures are rows: what is not done is written down whole, with its claim, and only then acknowledged.
 
-Guaranteed: when `bury` returns `Dead` and the caller's transaction commits, exactly one row holds the message
-with its body and headers byte for byte; a copy of it is absorbed by the claim, or counted in that row.
+Guaranteed: when the caller's transaction commits what `put` wrote, exactly one row holds the message, with
+its body and headers byte for byte, waiting for its next attempt or dead; a copy of it is absorbed by the
+claim, or counted in that row.
 """
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from hashlib import blake2b
+from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-import msgspec
-from sqlalchemy import Connection, Table, insert, update
+from sqlalchemy import Connection, RowMapping, Table, delete, insert, update
 
 from idemq import schema
+from idemq.errors import BrokeTransaction, IdemqError
 from idemq.ledger import Ledger
-from idemq.message import Ack, Dead, Message, Verdict
+from idemq.message import Ack, Dead, Message, Parked, Verdict
+from idemq.packing import error_text, packed, unpacked
 
 #: `idemq_failed.state`.
 WAITING, DEAD = 1, 2
 
 #: Reasons under which a dead letter is filed.
-BROKE, CONFLICT, REJECTED = "broke its transaction", "conflict", "rejected"
+BROKE, CONFLICT, REJECTED, USED_UP = "broke its transaction", "conflict", "rejected", "retries used up"
+TOO_OLD, UNDATED = "too old", "undated"
+#: Those of messages that cannot be judged.
+JUDGED_BAD = ("no id", "unreadable", TOO_OLD, UNDATED)
+#: Reasons for which a row waits.
+FAILED, LATER, SUSPECT, RELEASED = "failed", "later", "suspect", "released"
 
-#: The longest error text that is kept, in characters; the middle is cut.
-MAX_ERROR = 20_000
-
-#: How deep header tables may be nested before the rest is left out.
-MAX_DEPTH = 100
+#: The largest message that is written down unless the consumer says otherwise, body and headers, in bytes.
+MAX_KEPT = 16 * 1024 * 1024
 
 #: Headers that the broker changes from delivery to delivery.
 _PER_DELIVERY = ("x-delivery-count", "x-death", "x-acquired-count")
 
 
+class TooLarge(IdemqError):
+    """The message is larger than what the failure table keeps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is to be written down about a message: dead now (`delay` None), or waiting for `delay` seconds."""
+
+    reason: str
+    error: BaseException | None = None
+    delay: float | None = None
+    cause: str = ""
+
+    def verdict(self) -> Verdict:
+        return Dead(self.reason) if self.delay is None else Parked(self.reason, self.delay, self.cause)
+
+
+@dataclass(slots=True)
+class Row:
+    """A row of `idemq_failed` that this worker has picked to run. Lost when its `owner` is no more there."""
+
+    pk: bytes
+    owner: bytes
+    owns_claim: bool
+
+
 @dataclass(slots=True)
 class Job:
-    """One delivery's message on its way to a verdict, over all of its attempts in this process."""
+    """One message on its way to a verdict, over all of its attempts in this process."""
 
     message: Message
     #: None when the message has no usable id.
@@ -47,70 +77,160 @@ class Job:
     fingerprint: int | None
     #: Why it cannot be judged, else None.
     bad: Exception | None = None
+    #: To be written down by the next transaction instead of an attempt.
+    outcome: Outcome | None = None
+    #: Where the message comes from when it was parked.
+    row: Row | None = None
     #: Claims that this delivery's attempts wrote and that idemq did not commit.
     tokens: set[str | bytes] = field(default_factory=set)
+    #: Attempts that the handler failed, also those before it was parked.
     failures: int = 0
+    #: Deadlocks and the like in a row, which are not counted as failures until there are too many.
+    contended: int = 0
+    #: When the handler must be done, and when the first attempt began, on the monotonic clock.
+    deadline: float | None = None
+    began: float = field(default_factory=monotonic)
 
 
-def bury(
-    connection: Connection, ledger: Ledger, consumer: int, job: Job, reason: str, error: BaseException | None
-) -> Verdict:
-    """Write the dead letter and its claim in the caller's transaction.
+def put(
+    connection: Connection, ledger: Ledger, consumer: int, job: Job, outcome: Outcome, limit: int = MAX_KEPT
+) -> Verdict | None:
+    """Write `outcome` in the caller's transaction, with the claim where the message has an id.
 
-    `Ack(duplicate=True)`: another delivery has processed or buried the message; nothing was written.
+    `Ack(duplicate=True)`: another delivery has done or written down the message. None: the same, and the
+    caller must roll back, because the row that the message came from is somebody else's now. Raises
+    `TooLarge` for a new row over `limit` bytes.
     """
-    owns = False
-    if job.key is not None:
+    row, owns = job.row, job.row is not None and job.row.owns_claim
+    table = schema.table("idemq_failed", ledger.schema)
+    if job.key is not None and not owns and outcome.reason != RELEASED:
         claim = ledger.claim(connection, consumer, job.key, job.fingerprint, job.message.sent_at)
         if claim.state == "conflict":
-            reason = CONFLICT
+            outcome = Outcome(CONFLICT, outcome.error)
         elif claim.state == "fresh":
             owns = True
         elif claim.token in job.tokens:
-            reason, owns = BROKE, True
+            outcome, owns = _broke(outcome), True
         else:
+            if row is not None:
+                connection.execute(delete(table).where(mine(table, row)))
             return Ack(duplicate=True)
-    identity = job.key if owns and job.key is not None else _identity(job)
-    table = schema.table("idemq_failed", ledger.schema)
-    if not _counted_as_copy(connection, table, consumer, identity):
-        row = _row(job, reason, error)
-        values = {"pk": uuid4().bytes, "consumer": consumer, "identity": identity, "owns_claim": owns, **row}
-        connection.execute(insert(table).values(values))
-    return Dead(reason)
+    now = ledger.now(connection)
+    changes = _changes(job, outcome, now)
+    if owns:
+        changes |= {"owns_claim": True, "identity": job.key}
+    if row is not None:
+        if connection.execute(update(table).where(mine(table, row)).values(changes)).rowcount:
+            return outcome.verdict()
+        # An attempt that committed too early has deleted the row; otherwise its lease was lost.
+        if job.key is None or not _ours(connection, ledger, consumer, job):
+            return None
+        outcome = _broke(outcome)
+        owns = True
+        changes = _changes(job, outcome, now) | {"owns_claim": True, "identity": job.key}
+    if not owns:
+        changes |= {"owns_claim": False, "identity": _identity(job)}
+    if _counted_as_copy(connection, table, consumer, changes["identity"], now):
+        return outcome.verdict()
+    whole = {**changes, **_message(job, limit), "fingerprint": job.fingerprint, "first_at": now}
+    connection.execute(insert(table).values(pk=uuid4().bytes, consumer=consumer, **whole))
+    return outcome.verdict()
 
 
-def _counted_as_copy(connection: Connection, table: Table, consumer: int, identity: bytes) -> bool:
+def mine(table: Table, row: Row) -> Any:
+    """The condition that a row is still the one that we picked."""
+    return (table.c.pk == row.pk) & (table.c.owner == row.owner)
+
+
+def _broke(outcome: Outcome) -> Outcome:
+    return Outcome(BROKE, outcome.error or BrokeTransaction("an attempt committed its claim too early"))
+
+
+def _ours(connection: Connection, ledger: Ledger, consumer: int, job: Job) -> bool:
+    assert job.key is not None
+    return ledger.token(connection, consumer, job.key) in job.tokens
+
+
+def _counted_as_copy(
+    connection: Connection, table: Table, consumer: int, identity: bytes, now: datetime
+) -> bool:
     same = (table.c.consumer == consumer) & (table.c.identity == identity)
-    changes = {"copies": table.c.copies + 1, "last_at": datetime.now(UTC)}
+    changes = {"copies": table.c.copies + 1, "last_at": now}
     return connection.execute(update(table).where(same).values(changes)).rowcount > 0
 
 
-def _row(job: Job, reason: str, error: BaseException | None) -> dict[str, Any]:
-    message, now = job.message, datetime.now(UTC)
+def _changes(job: Job, outcome: Outcome, now: datetime) -> dict[str, Any]:
+    waits = outcome.delay is not None
     return {
-        "state": DEAD,
-        "reason": reason,
+        "state": WAITING if waits else DEAD,
+        "reason": outcome.reason,
+        "not_before": now + timedelta(seconds=outcome.delay) if outcome.delay is not None else None,
         "attempts": job.failures,
-        "fingerprint": job.fingerprint,
-        "sent_at": message.sent_at,
-        "body": message.body,
-        "headers": packed(message.headers),
-        "properties": packed(_properties(message)),
-        "origin": packed(message.origin),
-        "error": error_text(error) if error is not None else None,
-        "first_at": now,
+        # Begun by an earlier delivery, of which nobody knows how it ended.
+        "starts": 1 if outcome.reason == SUSPECT else 0,
+        "alone": False,
+        "owner": None,
+        "lease_until": None,
+        "error": error_text(outcome.error) if outcome.error is not None else None,
         "last_at": now,
     }
 
 
+def _message(job: Job, limit: int) -> dict[str, Any]:
+    message = job.message
+    properties = _properties(message)
+    if job.key is not None:
+        properties["judged"] = True  # the id is the one that the consumer's rule found
+    kept: dict[str, Any] = {
+        "sent_at": message.sent_at,
+        "body": message.body,
+        "headers": packed(message.headers),
+        "properties": packed(properties),
+        "origin": packed(message.origin),
+    }
+    size = len(message.body or b"") + len(kept["headers"]) + len(kept["properties"])
+    if size > limit:
+        raise TooLarge(f"a message of {size} bytes cannot be written down: max_kept={limit}")
+    return kept
+
+
 def _properties(message: Message) -> dict[str, Any]:
-    return {
+    properties = {
         **message.properties,
         "message_id": message.id,
         "key": message.key,
         "content_type": message.content_type,
         "content_encoding": message.content_encoding,
     }
+    if message.unreadable is not None:
+        properties["unreadable"] = message.unreadable
+    if message.repeated:
+        properties["repeated"] = sorted(message.repeated)
+    return properties
+
+
+def message_of(row: RowMapping) -> Message:
+    """The message as it was written down."""
+    properties = unpacked(row["properties"])
+    properties.pop("judged", None)
+    return Message(
+        body=row["body"],
+        headers=unpacked(row["headers"]),
+        id=as_text(properties.pop("message_id", None)),
+        key=properties.pop("key", None),
+        content_type=as_text(properties.pop("content_type", None)),
+        content_encoding=as_text(properties.pop("content_encoding", None)),
+        repeated=frozenset(properties.pop("repeated", ())),
+        unreadable=as_text(properties.pop("unreadable", None)),
+        sent_at=row["sent_at"],
+        origin=unpacked(row["origin"]),
+        properties=properties,
+    )
+
+
+def as_text(value: Any) -> str | None:
+    """Lone surrogates are kept as bytes."""
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
 
 
 def _identity(job: Job) -> bytes:
@@ -121,7 +241,7 @@ def _identity(job: Job) -> bytes:
     message = job.message
     parts: dict[str, Any] = {"key": job.key, "tombstone": message.body is None}
     if job.key is None:
-        parts["headers"] = {name: each for name, each in message.headers.items() if not _changes(name)}
+        parts["headers"] = {name: each for name, each in message.headers.items() if not _per_delivery(name)}
         parts["properties"] = _properties(message)
         parts["origin"] = message.origin if "offset" in message.origin else None
     digest = blake2b(packed(parts), digest_size=16, person=b"idemq identity")
@@ -129,41 +249,9 @@ def _identity(job: Job) -> bytes:
     return digest.digest()
 
 
-def _changes(header: str) -> bool:
+def _per_delivery(header: str) -> bool:
     return header in _PER_DELIVERY or header.startswith(("x-first-death-", "x-last-death-"))
 
 
-def packed(values: Mapping[str, Any]) -> bytes:
-    """MessagePack that keeps text and bytes apart and never refuses: what it has no type for becomes text."""
-    return msgspec.msgpack.encode(_plain(dict(values)))
-
-
-def _plain(value: Any, depth: int = 0) -> Any:
-    if depth > MAX_DEPTH:
-        return "(nested too deep)"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # lone surrogates: kept as the bytes that they stand for
-            return value.encode("utf-8", "surrogatepass")
-        return value
-    if isinstance(value, Mapping):
-        return {_name(name): _plain(each, depth + 1) for name, each in value.items()}
-    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_plain(each, depth + 1) for each in value]
-    if isinstance(value, bool | int | float | bytes | bytearray | memoryview | datetime | None):
-        big = isinstance(value, int) and not -(2**63) <= value < 2**64
-        return str(value) if big else value
-    return _plain(str(value))
-
-
-def _name(name: object) -> str:
-    return str(name).encode("utf-8", "replace").decode()
-
-
-def error_text(error: BaseException) -> str:
-    """The traceback as text that every database stores: no NUL, no lone surrogate, not too long."""
-    text = "".join(traceback.format_exception(error))
-    text = text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\\x00")
-    half = MAX_ERROR // 2
-    return text if len(text) <= MAX_ERROR else f"{text[:half]}\n[...]\n{text[-half:]}"
+#: Turns a message into a job: the consumer's rules for id and fingerprint.
+Judge = Callable[[Message], Job]

@@ -30,12 +30,13 @@ from tenacity import (
 
 from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
 from idemq.block import has_trigger, registered
+from idemq.declared import Consumer, fingerprint_by
 from idemq.errors import NotSettled, SchemaError, SetupError
 from idemq.failures import Job
 from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
 from idemq.message import Ack, Dead, IdRule, Message, Release, Verdict
-from idemq.process import Consumer, fingerprint_by, released
+from idemq.process import released
 from idemq.sessions import Maker, Sessions
 
 log = logging.getLogger("idemq.inplace")
@@ -239,7 +240,7 @@ def _cause(state: RetryCallState) -> str:
 
 
 def _settled(verdict: Verdict) -> Ack | Dead:
-    assert not isinstance(verdict, Release)  # those are tried again, or end in NotSettled
+    assert isinstance(verdict, Ack | Dead)  # nothing is parked here, and a Release was tried again
     if isinstance(verdict, Dead):
         log.warning("a dead letter: %s", verdict.reason)
     return verdict

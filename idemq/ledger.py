@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Dialect, Integer, LargeBinary, String, bindparam, text
+from sqlalchemy import Connection, Dialect, Integer, LargeBinary, String, bindparam, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.types import TypeEngine
 
@@ -28,7 +28,8 @@ WAIT = 2.0
 #: A claim that neither inserted nor found a row proves nothing: the transaction is run again.
 NO_ANSWER = "the claim found neither a new nor a stored row"
 
-State = Literal["fresh", "duplicate", "conflict"]
+#: `lost`: the row that a parked message was picked from is somebody else's now.
+State = Literal["fresh", "duplicate", "conflict", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,14 @@ VALUES (:consumer, :id, :fingerprint, :sent_at, strftime('%Y-%m-%d %H\\:%M\\:%f0
 ON CONFLICT (consumer, id) DO UPDATE SET id = id RETURNING token, fingerprint
 """
 
+# A parked message that is run again: its claim becomes that of the new attempt.
+_AGAIN_POSTGRESQL = """
+UPDATE {processed} SET at = now() WHERE consumer = :consumer AND id = :id
+RETURNING xmin::text, pg_current_xact_id_if_assigned()::text
+"""
+
+_AGAIN = "UPDATE {processed} SET at = {now}, token = :token WHERE consumer = :consumer AND id = :id"
+
 #: What the current moment is called, for the statements of other modules.
 NOW = {
     "postgresql": "now()",
@@ -148,17 +157,22 @@ class Ledger:
         if self.kind == "postgresql":
             self._insert = self._statement(dialect, _POSTGRESQL, wait=String(), **_TYPES)
             look = look.replace("token", "xmin::text", 1)
+            self._again = self._statement(dialect, _AGAIN_POSTGRESQL, consumer=Integer(), id=schema.Key())
         else:
             sql = {"mariadb": _MARIADB, "mysql": _MYSQL, "sqlite": _SQLITE}[self.kind]
             self._insert = self._statement(dialect, sql, token=LargeBinary(8), **_TYPES)
             look += "" if self.kind == "sqlite" else " LOCK IN SHARE MODE"
+            self._again = self._statement(
+                dialect, _AGAIN, token=LargeBinary(8), consumer=Integer(), id=schema.Key()
+            )
         self._look = self._statement(dialect, look, consumer=Integer(), id=schema.Key())
         probe = "SELECT 1 FROM {processed} FORCE INDEX (PRIMARY) WHERE id = '' AND consumer = 0"
         self._probe = self._statement(dialect, probe) if self.kind in ("mysql", "mariadb") else None
 
     def _statement(self, dialect: Dialect, sql: str, **types: TypeEngine[Any]) -> Statement:
         whole_seconds = max(1, math.ceil(self._wait))
-        return Statement(dialect, sql.format(processed=self.processed, wait=whole_seconds).strip(), **types)
+        sql = sql.format(processed=self.processed, wait=whole_seconds, now=NOW[self.kind])
+        return Statement(dialect, sql.strip(), **types)
 
     def check(self, connection: Connection) -> None:
         """To be called once for a connection, outside a transaction: raises when claims on it prove nothing.
@@ -201,6 +215,37 @@ class Ledger:
         if row[0] == token:
             return Claim("fresh", token)
         return _stored(row[0], row[1], fingerprint)
+
+    def reclaim(self, connection: Connection, consumer: int, key: bytes) -> Claim | None:
+        """Make the claim that a parked message owns this transaction's: `at` is now, the token is new.
+
+        None: the claim is not there any more.
+        """
+        values = {"consumer": consumer, "id": key}
+        if self.kind == "postgresql":
+            row = self._again.first(connection, **values)
+            return Claim("fresh", row[0], row[1]) if row is not None else None
+        token = secrets.token_bytes(8)
+        self._again.first(connection, token=token, **values)
+        return Claim("fresh", token) if self.token(connection, consumer, key) == token else None
+
+    def token(self, connection: Connection, consumer: int, key: bytes) -> str | bytes | None:
+        """Which attempt wrote the claim that is there; None without one."""
+        row = self._look.first(connection, consumer=consumer, id=key)
+        return row[0] if row is not None else None
+
+    def horizon(self, connection: Connection, consumer: int) -> datetime | None:
+        """The newest `sent_at` that pruning has forgotten, read so that no pruning under way can pass us."""
+        table = schema.table("idemq_consumers", self.schema)
+        query = select(table.c.horizon).where(table.c.id == consumer).with_for_update(read=True)
+        found: datetime | None = connection.scalar(query)
+        return found
+
+    def now(self, connection: Connection) -> datetime:
+        """The database's clock."""
+        value = connection.scalar(text("SELECT " + NOW[self.kind] + " AS now").columns(now=schema.Time()))
+        assert isinstance(value, datetime)
+        return value
 
     def _claim_postgresql(self, connection: Connection, values: dict[str, Any]) -> Claim:
         row = self._insert.first(connection, wait=f"{max(1, round(self._wait * 1000))}ms", **values)

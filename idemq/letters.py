@@ -12,11 +12,11 @@ from datetime import datetime
 from typing import Any, NamedTuple, Unpack
 from uuid import UUID
 
-from sqlalchemy import Connection, Table, delete, insert, select, text, update
+from sqlalchemy import Connection, Table, case, delete, insert, select, text, update
 
 from idemq import schema as tables
 from idemq.drivers import kind_of
-from idemq.errors import SetupError
+from idemq.errors import Crashed, SetupError
 from idemq.failed_rows import Letter as Letter
 from idemq.failed_rows import Match as Match
 from idemq.failed_rows import Which, chosen, chunks
@@ -75,11 +75,12 @@ def retry(
     What `refusal` names is left as it is. A letter without an id is judged anew. Once more changes nothing.
     """
     refused = [reason for reason in (CONFLICT, BROKE) if refusal(reason, force=force)]
-    fresh = {"attempts": 0, "starts": 0, "crashes": 0, "alone": False, "owner": None, "lease_until": None}
+    fresh = {"attempts": 0, "crashes": 0, "alone": False, "owner": None, "lease_until": None}
 
     def wait(table: Table, now: Any) -> Any:
         times = {"not_before": now, "last_at": now}
-        return update(table).values(state=WAITING, reason=FAILED, **fresh, **times)
+        alone = case((table.c.reason == Crashed.reason, 1), else_=0)  # what ended processes runs alone again
+        return update(table).values(state=WAITING, reason=FAILED, starts=alone, **fresh, **times)
 
     return _act(connection, schema, which, wait, refused, action="retry", who=by, why=why)
 

@@ -1,7 +1,7 @@
 """What a message is to idemq, whatever broker it came from, and what became of it.
 
 `Message` is a plain value; `Verdict` says what is already durable about a message when it is returned, so
-that acknowledging on `Ack` or `Dead` can lose nothing.
+that acknowledging on `Ack`, `Dead` or `Parked` can lose nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Message:
     content_encoding: str | None = None
     #: When the publisher says it was sent (AMQP timestamp: whole seconds), None when it does not say.
     sent_at: datetime | None = None
-    #: The broker says that it delivered this before. A hint: False proves nothing.
+    #: It may have ended the process that had it before. RabbitMQ says so of all that was delivered before;
+    #: on Kafka it is so for records that an owner may have had in hand which did not leave its partition in
+    #: order. A hint: True does not say that anything was done, False not that nothing was.
     redelivered: bool = False
     #: Where it came from, for people: queue, exchange and routing key, or topic, partition and offset.
     origin: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
@@ -68,15 +70,33 @@ class Dead:
 
 
 @dataclass(frozen=True, slots=True)
+class Parked:
+    """The message is durably waiting for its next attempt: acknowledge."""
+
+    reason: str
+    #: Seconds until that attempt is due.
+    delay: float
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
-    """Nothing is settled: the worker keeps the delivery and tries again after a growing delay."""
+    """Nothing is settled: the worker keeps the delivery and tries again after a delay."""
 
     cause: str
     #: The handler failed (False: the database, a twin in flight or a doubt is the cause).
     failed: bool = False
+    #: Seconds until the next attempt; None: a growing delay of the worker's own.
+    delay: float | None = None
+    #: Somebody else works on the same message now.
+    twin: bool = False
+    #: The database is away or refuses to write: nothing else would get through either.
+    outage: bool = False
+    #: It can neither be done nor written down: the consumer must stop, and the broker keeps the message.
+    stop: bool = False
 
 
-Verdict = Ack | Dead | Release
+Verdict = Ack | Dead | Parked | Release
 
 #: Where a consumer takes the id from: header names tried in order, or a function of the message.
 IdRule = Sequence[str] | Callable[[Message], str | UUID | None]

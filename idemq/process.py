@@ -8,81 +8,38 @@ unexpected is a `Release`: the message is tried again, and its claim then tells 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import random
+from datetime import UTC, datetime
+from time import monotonic
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, delete
 from sqlalchemy.engine import RootTransaction
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from idemq.drivers import error_code, is_transient, kind_of, undo_before_close
-from idemq.errors import BadMessage, BrokeTransaction, InFlight, Reject, SetupError
-from idemq.failures import BROKE, CONFLICT, REJECTED, Job, bury
+from idemq import failures, schema
+from idemq.declared import Consumer
+from idemq.drivers import begin, is_contention, is_outage, is_transient, undo_before_close
+from idemq.errors import BadMessage, BrokeTransaction, DeadlinePassed, InFlight, Reject, RetryLater
+from idemq.failures import FAILED, LATER, Job, Outcome, Row, TooLarge
 from idemq.guard import Guard
-from idemq.handlers import Handler
-from idemq.ledger import WAIT, Ledger
-from idemq.message import Ack, IdRule, Message, Release, Verdict, fingerprint_of, key_of, message_id
-from idemq.sessions import Sessions
+from idemq.ledger import Claim, Ledger
+from idemq.message import Ack, Release, Verdict
+from idemq.packing import words
+from idemq.parking import Found, Parking
 
+#: A failed message stays in the worker when it is tried again within so many seconds; else it is parked.
+SHORT = 1.0
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Consumer:
-    """What the path needs to know of a declared consumer."""
+#: Deadlocks and the like that a message may meet in a row before they count as failures.
+CONTENDED = 20
 
-    name: str
-    handler: Handler
-    id: IdRule | None = None
-    #: The number that is compared for the same id (four bytes, signed); None compares nothing.
-    fingerprint: Callable[[Message], int | None] = lambda message: fingerprint_of(message.body)
-    #: Seconds that a repeat waits for its twin in flight.
-    wait: float = WAIT
-    strict: bool = False
-    schema: str | None = None
-    sessions: Sessions
+#: Pruning forgets nothing that was sent less than so many seconds ago: no need to ask it.
+RECENT = 3600.0
 
-    def job(self, message: Message) -> Job:
-        """Never raises: what cannot be judged becomes a job that is buried."""
-        try:
-            identifier = message_id(message, self.id)
-            if message.id != identifier:
-                message = replace(message, id=identifier)
-            job = Job(message, key_of(identifier), self.fingerprint(message))
-            job.bad = BadMessage(message.unreadable) if message.unreadable else None
-        except Exception as error:  # also from the user's id= and fingerprint= functions
-            bad = error if isinstance(error, BadMessage) else BadMessage(f"{type(error).__name__}: {error}")
-            job = Job(message, None, None, bad=BadMessage(message.unreadable) if message.unreadable else bad)
-        return job
-
-
-def fingerprint_by(
-    name: str, function: Callable[[Message], bytes | str] | bool | None
-) -> Callable[[Message], int | None]:
-    """What a consumer's `fingerprint=` means."""
-    if function is None or function is False:
-        return lambda message: None
-    if not callable(function):
-        raise SetupError(f"consumer {name!r}: fingerprint= takes a function of the message, or None")
-
-    def digest(message: Message) -> int:
-        value = function(message)
-        return fingerprint_of(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
-
-    return digest
-
-
-def begin(connection: Connection) -> RootTransaction:
-    """Start a transaction; on SQLite one that has the write lock from the start (never a failing upgrade)."""
-    transaction = connection.begin()
-    if kind_of(connection.dialect) == "sqlite":
-        raw: Any = connection.connection.driver_connection
-        if raw.in_transaction:  # the engine's own events began one, most often without the write lock
-            connection.exec_driver_sql("ROLLBACK")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    return transaction
+#: A time further than this from now, in seconds (negative: to come), is not believed.
+AHEAD = -300.0
 
 
 class Unit:
@@ -96,6 +53,8 @@ class Unit:
         undo_before_close(connection.engine)
         self._guard = Guard(connection, strict=consumer.strict, trigger=trigger)
         self._trigger = trigger
+        #: The messages of this consumer that wait in the database.
+        self.parking = Parking(self._ledger, number, consumer.job, consumer.max_crashes)
         self._transaction: RootTransaction | None = None
         self._token: str | bytes = b""
         #: Something went wrong that may have left the connection in a state of its own.
@@ -107,13 +66,15 @@ class Unit:
         Raises database errors; nothing is settled then, and the unit is spoiled.
         """
         self._guard.hold()
-        if job.bad is not None:
-            return self.bury(job, getattr(job.bad, "reason", "unreadable"), job.bad)
+        if job.outcome is not None:
+            return self.put(job)
         assert job.key is not None
         self._transaction = begin(self.connection)
-        claim = self._ledger.claim(
-            self.connection, self._number, job.key, job.fingerprint, job.message.sent_at
-        )
+        claim = self._claim(job, job.key)
+        if claim.state == "fresh" and job.row is None and (reason := self._too_late(job)) is not None:
+            self._transaction.rollback()
+            job.outcome = Outcome(reason)
+            return self.put(job)
         if claim.state == "fresh":
             job.tokens.add(claim.token)
             self._token = claim.token
@@ -121,48 +82,106 @@ class Unit:
             return None
         self._transaction.rollback()
         if claim.state == "conflict":
-            return self.bury(job, CONFLICT, None)
-        if claim.token in job.tokens:
-            return self.bury(job, BROKE, BrokeTransaction("an earlier attempt committed its claim too early"))
-        return Ack(duplicate=True)
+            job.outcome = Outcome(failures.CONFLICT)
+        elif claim.state == "duplicate" and (job.row is not None or claim.token in job.tokens):
+            job.outcome = Outcome(failures.BROKE)  # unless the claim is another's, which ends the row as well
+        return self.put(job) if job.outcome is not None else Ack(duplicate=True)
 
-    def finish(self, job: Job, session: Session | None) -> Verdict:
+    def _claim(self, job: Job, key: bytes) -> Claim:
+        """The claim of a delivery; or that of a parked message, whose row goes in the same transaction."""
+        row = job.row
+        if row is not None and row.owns_claim:
+            if not self._delete(row):
+                return Claim("lost", b"")
+            claim = self._ledger.reclaim(self.connection, self._number, key)
+            if claim is not None:
+                return claim
+        claim = self._ledger.claim(self.connection, self._number, key, job.fingerprint, job.message.sent_at)
+        if row is not None and not row.owns_claim and claim.state == "fresh" and not self._delete(row):
+            return Claim("lost", b"")
+        return claim
+
+    def _delete(self, row: Row) -> bool:
+        table = schema.table("idemq_failed", self._ledger.schema)
+        return self.connection.execute(delete(table).where(failures.mine(table, row))).rowcount > 0
+
+    def _too_late(self, job: Job) -> str | None:
+        """Why a message that nobody has claimed may have been processed and forgotten all the same."""
+        sent_at = job.message.sent_at
+        age = (datetime.now(UTC) - sent_at).total_seconds() if sent_at is not None else None
+        if sent_at is not None and age is not None and age > AHEAD:
+            if age < RECENT:
+                return None
+            horizon = self._ledger.horizon(self.connection, self._number)
+            return failures.TOO_OLD if horizon is not None and sent_at <= horizon else None
+        if self._consumer.undated == "run":
+            return None
+        if sent_at is not None and (sent_at - self._ledger.now(self.connection)).total_seconds() <= -AHEAD:
+            return None  # it is our own clock that is behind
+        return failures.UNDATED
+
+    def finish(self, job: Job, session: Session | None) -> Verdict | Outcome:
         """The handler has returned: flush, guard, commit."""
         try:
             if session is not None:
                 session.flush()
+            if job.deadline is not None and monotonic() > job.deadline:
+                raise DeadlinePassed(f"the handler ran longer than its {self._consumer.deadline} s")
             self._guard.verify()
         except BaseException as error:  # a hook of the user's session may raise anything, as the handler may
             return self.fail(job, session, error)
         job.tokens.discard(self._token)  # whatever comes back: a claim found from here on is committed work
-        verdict = self._commit(session, Ack())
-        if isinstance(verdict, Release) and verdict.failed:  # a constraint that is checked by COMMIT
-            job.failures += 1
+        try:
+            verdict = self._commit(Ack())
+        except DBAPIError as error:  # a constraint that is checked by COMMIT
+            return self.failed(job, error)
+        if session is not None and verdict == Ack():
+            session.close()
         return verdict
 
-    def _commit(self, session: Session | None, verdict: Verdict) -> Verdict:
+    def _commit(self, verdict: Verdict) -> Verdict:
+        """COMMIT; `Release` when nobody knows its outcome. Raises the refusals of the database."""
         assert self._transaction is not None
         try:
             self._transaction.commit()
         except DBAPIError as error:
             self.spoiled = True
-            return Release(_words(error), failed=not (error.connection_invalidated or is_transient(error)))
-        if session is not None:
-            session.close()
+            if error.connection_invalidated or is_transient(error):
+                return Release(words(error), outage=is_outage(error))
+            raise
         return verdict
 
-    def fail(self, job: Job, session: Session | None, error: BaseException) -> Verdict:
-        """The handler raised, or broke its transaction: nothing of its work may stay."""
+    def fail(self, job: Job, session: Session | None, error: BaseException) -> Verdict | Outcome:
+        """The handler raised, or broke its transaction: nothing of its work may stay.
+
+        An `Outcome` is to be given to `put`, by another unit when this one is spoiled.
+        """
         self._guard.take_back()
         self._undo(session, broken=isinstance(error, BrokeTransaction))
-        if isinstance(error, DBAPIError | PoolTimeout) and is_transient(error):
-            return Release(_words(error))
-        if not self.spoiled and isinstance(error, Reject):
-            return self.bury(job, REJECTED, error)
-        if not self.spoiled and isinstance(error, BadMessage):
-            return self.bury(job, error.reason, error)
+        if isinstance(error, DBAPIError) and is_contention(error) and job.contended < CONTENDED:
+            job.contended += 1
+            delay = random.uniform(0.0, min(SHORT, 0.05 * 2**job.contended))
+            return Outcome(LATER, error, delay, words(error))
+        if isinstance(error, DBAPIError | PoolTimeout) and is_outage(error) and not self._foreign(error):
+            return Release(words(error), outage=True)
+        return self.failed(job, error)
+
+    def _foreign(self, error: BaseException) -> bool:
+        """A database that is not ours lost a connection: to the handler a failure like any other."""
+        return isinstance(error, DBAPIError) and error.connection_invalidated and not self.spoiled
+
+    def failed(self, job: Job, error: BaseException) -> Outcome:
+        """What becomes of an attempt that failed."""
+        if isinstance(error, Reject):
+            return Outcome(failures.REJECTED, error)
+        if isinstance(error, BadMessage):
+            return Outcome(error.reason, error)
+        if isinstance(error, RetryLater):
+            return Outcome(LATER, error, error.seconds, words(error))
         job.failures += 1
-        return Release(_words(error), failed=True)
+        policy = self._consumer.policy
+        delay = policy(job.failures, monotonic() - job.began, error) if policy is not None else 0.0
+        return Outcome(FAILED if delay is not None else failures.USED_UP, error, delay, words(error))
 
     def _undo(self, session: Session | None, *, broken: bool) -> None:
         try:
@@ -174,32 +193,54 @@ class Unit:
             self.spoiled = True
         self.spoiled = self.spoiled or broken or self.connection.closed or self.connection.invalidated
 
-    def judge(self, job: Job) -> Verdict | None:
-        """After a failed attempt: None, unless its claim is there all the same; then the message is dead now.
+    def put(self, job: Job) -> Verdict:
+        """Write `job.outcome` down, in a transaction of its own. Raises database errors; the unit is spoiled.
 
-        Later, or elsewhere, nobody knows whose claim that is, and it passes for a repeat.
+        A failure that is tried again within a second is kept in memory; only its claim is looked for, because
+        later, or elsewhere, nobody knows whose claim that is, and it passes for a repeat.
         """
-        assert job.key is not None
+        assert job.outcome is not None
         self._guard.hold()  # an async handler's failure was seen to in a task of its own
         self._transaction = begin(self.connection)
-        claim = self._ledger.claim(
-            self.connection, self._number, job.key, job.fingerprint, job.message.sent_at
-        )
-        self._transaction.rollback()
-        if claim.state == "fresh" or claim.token not in job.tokens:
-            return None  # the next attempt sees to it
-        return self.bury(job, BROKE, BrokeTransaction("the attempt committed its claim too early"))
-
-    def bury(self, job: Job, reason: str, error: BaseException | None) -> Verdict:
-        """Make it a dead letter in a transaction of its own. Raises database errors; the unit is spoiled."""
-        self._transaction = begin(self.connection)
-        verdict = bury(self.connection, self._ledger, self._number, job, reason, error)
-        if verdict == Ack(duplicate=True):
+        if (release := self._released(job, job.outcome)) is not None:
             self._transaction.rollback()
-            return verdict
+            job.outcome = None
+            return release
+        try:
+            limit = self._consumer.max_kept
+            verdict = failures.put(self.connection, self._ledger, self._number, job, job.outcome, limit)
+        except TooLarge as error:
+            self._transaction.rollback()
+            return Release(str(error), stop=True)
+        if verdict is None:
+            self._transaction.rollback()
+            return Ack(duplicate=True)
         if self._trigger:
             allow_commit(self.connection)
-        return self._commit(None, verdict)
+        return self._commit(verdict)
+
+    def _released(self, job: Job, outcome: Outcome) -> Release | None:
+        """The message stays in the worker, unless the attempt that failed has committed its claim."""
+        if job.row is not None or outcome.delay is None or outcome.reason not in (FAILED, LATER):
+            return None
+        if outcome.delay > SHORT and self._consumer.parks:
+            return None
+        if job.tokens:
+            assert job.key is not None
+            if self._ledger.token(self.connection, self._number, job.key) in job.tokens:
+                return None
+        delay = outcome.delay if self._consumer.policy is not None else None
+        return Release(outcome.cause, failed=outcome.reason == FAILED, delay=delay)
+
+    def look(self, owner: bytes, count: int, **how: bool) -> Found:
+        """`Parking.look`. Raises database errors."""
+        self._guard.hold()
+        return self.parking.look(self.connection, owner, count, **how)
+
+    def give_back(self, owner: bytes) -> None:
+        """`Parking.give_back`. Raises database errors."""
+        self._guard.hold()
+        self.parking.give_back(self.connection, owner)
 
     def discard(self) -> None:
         """Throw the connection away; the server rolls back what it had open. Never raises."""
@@ -231,27 +272,7 @@ def allow_commit(connection: Connection) -> None:
 
 def released(error: BaseException) -> Release:
     """The verdict of an attempt that ended in an error outside the handler: never counted as a failure."""
-    return Release("its twin is still in flight" if isinstance(error, InFlight) else _words(error))
-
-
-def _words(error: BaseException) -> str:
-    """What a log line may say: no statement, no parameters, no row, no value out of a database's error."""
-    if not isinstance(error, StatementError):
-        return f"{type(error).__name__}: {_text(error)}"
-    cause = error.orig if error.orig is not None else error
-    text = (_text(cause).splitlines() or [""])[0]
-    if not isinstance(error, DBAPIError) or str(error_code(error)).startswith("22"):
-        text = "a value does not fit" if not isinstance(error, DBAPIError) else _VALUE.sub("...", text)
-    elif isinstance(error, DataError | IntegrityError):  # PostgreSQL puts the names of constraints in "..."
-        text = re.sub("'[^']*'", "...", text)
-    return f"{type(cause).__name__}: {text}"
-
-
-_VALUE = re.compile("'.*'|\".*\"")
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error).strip()
-    except Exception:  # the user's own class may fail at it
-        return "(it cannot be printed)"
+    if isinstance(error, InFlight):
+        return Release("its twin is still in flight", twin=True)
+    contention = isinstance(error, DBAPIError) and is_contention(error)
+    return Release(words(error), outage=not contention)

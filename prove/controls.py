@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from idemq import process, worker
+from idemq import consuming, drivers, process
 from idemq.broker import Delivery
 from idemq.failures import Job
 from idemq.message import Verdict
@@ -25,16 +25,16 @@ class _Acked:
 
 def ack_before_commit() -> None:
     """Acknowledge what was delivered as soon as it is here."""
-    deliver = worker.ConsumerWorker._deliver
+    deliver = consuming.ConsumerWorker._deliver
 
-    def early(self: worker.ConsumerWorker, deliveries: Sequence[Delivery]) -> None:
+    def early(self: consuming.ConsumerWorker, deliveries: Sequence[Delivery]) -> None:
         wrapped = [_Acked(delivery) for delivery in deliveries]
         for delivery in deliveries:
             delivery.start()
             delivery.ack()
         deliver(self, wrapped)
 
-    worker.ConsumerWorker._deliver = early  # type: ignore[method-assign]  # breaking it is the purpose
+    consuming.ConsumerWorker._deliver = early  # type: ignore[method-assign]  # breaking it is the purpose
 
 
 def claim_in_its_own_transaction() -> None:
@@ -50,7 +50,7 @@ def claim_in_its_own_transaction() -> None:
             assert claim is not None
             self._transaction.commit()
             job.tokens.clear()
-            self._transaction = process.begin(self.connection)
+            self._transaction = drivers.begin(self.connection)
             self._guard.lend(self._transaction, claim)
         return verdict
 

@@ -34,7 +34,7 @@ from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.broker import Deliver, Subscription
 from idemq.failures import Job
 from idemq.message import Ack, Message, Verdict
-from idemq.process import Consumer
+from idemq.declared import Consumer
 
 #: Every supported pair of database and driver, as parameters of a test that takes `shop`.
 DRIVERS = [

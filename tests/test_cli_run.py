@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from idemq import App, Message, SetupError
 from idemq.cli.run import prepare, refuse_small_pools
-from idemq.worker import shown
+from idemq.packing import shown
 from tests.core_tools import NOWHERE
 from tests.servers import eventually
 

@@ -16,7 +16,8 @@ from sqlalchemy.orm import Session
 from idemq import App
 from idemq.attempts import SyncUnit
 from idemq.errors import Reject
-from idemq.failures import Job, _identity, packed
+from idemq.failures import Job, _identity
+from idemq.packing import packed
 from idemq.message import Ack, Dead, Message, Release, key_of
 from tests.core_tools import (
     NOWHERE,

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from idemq.errors import InFlight
 from idemq.ledger import Claim, Ledger
 from idemq.message import Ack, Message, Release, fingerprint_of, key_of
-from idemq.process import begin
+from idemq.drivers import begin
 from tests.core_tools import PROCESSED, REPEATED, Body, Shop, message, on, write
 
 #: Sync drivers are enough where the statement itself is tested.
@@ -64,7 +64,9 @@ def test_a_handler_that_raises_leaves_neither_claim_nor_effect(shop: Shop) -> No
         raise RuntimeError("after the effect")
 
     attempts = shop.attempts(failing)
-    assert attempts(message()) == Release("RuntimeError: after the effect", failed=True)
+    verdict = attempts(message())
+    assert isinstance(verdict, Release)
+    assert (verdict.failed, verdict.cause) == (True, "RuntimeError: after the effect")
     assert (shop.effects(), shop.claims(), shop.dead()) == ([], 0, [])
 
 

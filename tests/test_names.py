@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from idemq import migrate, names, once, schema
 from idemq.drivers import is_transient
 from idemq.errors import SchemaError, SetupError
-from idemq.process import begin
+from idemq.drivers import begin
 from tests.core_tools import PROCESSED, REPEATED, Shop, message, on
 
 DATABASES = [("sqlite", "pysqlite"), ("postgres", "psycopg"), ("mariadb", "pymysql"), ("mysql", "pymysql")]

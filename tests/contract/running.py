@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 
 from idemq import App, Message, migrate, names, schema
 from idemq.broker import Source
-from idemq.worker import Feed, Worker
+from idemq.lanes import Feed
+from idemq.worker import Worker
 
 #: What a handler does beside writing its effect; called with the message before the effect is written.
 Act = Callable[[Message], None]

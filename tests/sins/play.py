@@ -21,7 +21,7 @@ from idemq.drivers import kind_of
 from idemq.failures import Job
 from idemq.handlers import read
 from idemq.message import Message, Verdict
-from idemq.process import Consumer
+from idemq.declared import Consumer
 from idemq.sessions import Maker, Sessions
 from tests.sins.handlers import SINS, Base, Effect, Scene, Taken
 

@@ -1,0 +1,297 @@
+"""One consumer in one process: its deliveries and its parked messages, run by lanes, settled by the verdict.
+
+Nothing is acknowledged but on `Ack`, `Dead` and `Parked`. On `Release` the worker keeps the delivery and
+tries again after a delay, because a broker's own requeue is a hot loop (RabbitMQ) or does not exist (Kafka).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from uuid import uuid4
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from idemq.bridge import Clock, EventLoop, Tasks, Threads
+from idemq.broker import Delivery, Subscription
+from idemq.failures import FAILED, JUDGED_BAD, RELEASED, Job, Outcome
+from idemq.lanes import AsyncLane, Feed, Item, Kept, Lane, Look, pause
+from idemq.message import Ack, Dead, Parked, Release, Verdict
+from idemq.outage import Outage
+from idemq.packing import shown
+from idemq.parking import LEASE_ALONE, Found
+
+log = logging.getLogger("idemq.worker")
+
+#: How often the database is asked for parked messages that are due, in seconds.
+LOOK_EVERY = 1.0
+
+#: How long a message whose twin is in flight is kept before it is parked, in seconds.
+KEEP = 10.0
+
+#: So many messages in a row that cannot be judged stop the consumer: its producer is wrong, not its messages.
+UNJUDGED = 20
+
+#: How long a handler may run on after its deadline before the process is ended, in seconds.
+OVERTIME = 10.0
+
+
+class ConsumerWorker:
+    """Runs one consumer in this process. `isolate` has its suspects run by a process of their own."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        engine: Engine | AsyncEngine,
+        clock: Clock,
+        loop: EventLoop | None,
+        isolate: Callable[[], None] | None,
+    ) -> None:
+        self.feed = feed
+        self.name = feed.consumer.name
+        self.counts: Counter[str] = Counter()
+        #: What ended a lane: a bug, or an exception that no handler may raise. The process must not go on.
+        self.crash: BaseException | None = None
+        #: Why this consumer stopped by itself.
+        self.stopped: str | None = None
+        #: Marks the parked messages that this worker has picked.
+        self.owner = uuid4().bytes
+        self.alone = isolate is None
+        self._isolate = isolate
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._told = float("-inf")
+        self._unjudged = self._looks = 0
+        #: Keys being worked on here, each with the copies that wait for it: they never reach the database.
+        self._in_flight: dict[bytes, list[Item]] = {}
+        self._kept: set[Item] = set()  # their twins are in flight elsewhere
+        self._timed: set[Item] = set()  # attempts with a deadline
+        self._outage = Outage()
+        if isinstance(engine, AsyncEngine):
+            assert loop is not None
+            self._lanes: Threads[Item | Look] | Tasks[Item | Look] = Tasks(
+                loop, feed.concurrency, lambda: AsyncLane(self, engine)
+            )
+        else:
+            self._lanes = Threads(self.name, feed.concurrency, lambda: Lane(self, engine))
+        self.subscription: Subscription = feed.source.subscribe(self.name, self._deliver, feed.prefetch)
+        clock.later(0.0, self._tick)
+
+    def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+        self._lanes.put([Item(delivery) for delivery in deliveries])
+
+    def take(self, item: Item) -> Job | None:
+        """The job to attempt now, or None when this is not the time or not our message any more."""
+        if self._stopping or not item.delivery.start():
+            item.delivery.drop()
+            self._lanes.put(self._outage.over(item, answered=False))
+            return None
+        if item.job is None:
+            item.job = self.feed.consumer.delivered(item.delivery.message)
+        if self._outage.holds(item):
+            item.delivery.rest()
+            return None
+        with self._lock:
+            key = item.job.key if item.job.row is None else None
+            if key is not None:
+                if (waiting := self._in_flight.get(key)) is not None:
+                    item.delivery.rest()
+                    waiting.append(item)
+                    return None
+                self._in_flight[key] = []
+            if self.feed.consumer.deadline is not None:
+                self._timed.add(item)
+        return item.job
+
+    def settle(self, item: Item, verdict: Verdict) -> None:
+        """Act on the verdict, then let the copies that waited for this one go on."""
+        outcome = self._act(item, verdict)
+        key = item.job.key if item.job is not None and item.job.row is None else None
+        with self._lock:
+            self.counts[outcome] += 1
+            waiting = self._in_flight.pop(key, []) if key is not None else []
+            self._timed.discard(item)
+            if not isinstance(verdict, Release):
+                self._kept.discard(item)
+        if waiting:
+            self._lanes.put(waiting)
+
+    def _act(self, item: Item, verdict: Verdict) -> str:
+        if not (isinstance(verdict, Release) and verdict.outage):
+            self._database_answers(item)
+        match verdict:
+            case Ack(duplicate):
+                item.delivery.ack()
+                self._unjudged = 0
+                return "duplicates" if duplicate else "processed"
+            case Dead(reason):
+                item.delivery.ack()
+                self._buried(item, reason)
+                return "dead"
+            case Parked(reason, delay, cause):
+                item.delivery.ack()
+                self._unjudged = 0
+                level = logging.WARNING if reason == FAILED else logging.INFO
+                why = f" ({shown(cause)})" if cause else ""
+                log.log(level, "%s: %r parked: %s%s; due in %.0f s", self.name, item.id, reason, why, delay)
+                return "failures" if reason == FAILED else "parked"
+            case Release(stop=True):
+                item.delivery.drop()
+                self._stop_consuming(verdict.cause)
+                return "released"
+            case Release(outage=True):
+                self._database_away(item, verdict.cause)
+                return "released"
+        self._keep(item, verdict)
+        return "failures" if verdict.failed else "released"
+
+    def _buried(self, item: Item, reason: str) -> None:
+        outcome = item.job.outcome if item.job is not None else None
+        why = f" ({shown(outcome.cause or str(outcome.error))})" if outcome and outcome.error else ""
+        log.warning("%s: dead letter (%s)%s: %r", self.name, reason, why, item.id)
+        if reason not in JUDGED_BAD or isinstance(item.delivery, Kept):
+            self._unjudged = 0
+            return
+        self._unjudged += 1
+        if self._unjudged >= UNJUDGED:
+            self._stop_consuming(
+                f"{UNJUDGED} messages in a row cannot be judged; the last one: {reason}{why}"
+            )
+
+    def _keep(self, item: Item, verdict: Release) -> None:
+        item.delivery.rest()
+        item.releases += 1
+        delay = verdict.delay if verdict.delay is not None else pause(item.releases)
+        if verdict.twin and item.job is not None:
+            now = time.monotonic()
+            with self._lock:
+                self._kept.add(item)
+                many = len(self._kept) >= max(2, self.feed.prefetch // 2)
+            item.kept_since = item.kept_since or now
+            if many or now - item.kept_since > KEEP or item.job.row is not None:
+                item.job.outcome, delay = Outcome(RELEASED, None, KEEP, verdict.cause), 0.0
+        if verdict.failed or self._may_tell():
+            log.warning(
+                "%s: %r not done (%s); tried again in %.1f s",
+                self.name,
+                item.id,
+                shown(verdict.cause),
+                delay,
+            )
+        self._clock.later(delay, lambda: self._lanes.put([item]))
+
+    def _database_away(self, item: Item, cause: str) -> None:
+        item.delivery.rest()
+        rest = self._outage.found(item)
+        if rest is not None:
+            log.warning(
+                "%s: the database is away (%s); consuming rests %.1f s", self.name, shown(cause), rest
+            )
+            self._clock.later(rest, lambda: self._lanes.put([item]))
+
+    def _database_answers(self, item: Item) -> None:
+        if self._outage.lasts:
+            log.info("%s: the database answers again", self.name)
+            self._lanes.put(self._outage.over(item, answered=True))
+
+    def _tick(self) -> None:
+        """Look for parked messages that are due."""
+        if self._stopping:
+            return
+        self._clock.later(LOOK_EVERY, self._tick)
+        with self._lock:
+            if self._outage.lasts or self._looks >= self.feed.concurrency:
+                return
+            self._looks += 1
+        self._lanes.put([Look()])
+
+    @property
+    def reaps(self) -> bool:
+        """Leases that ended while the database was away tell nothing of their owners."""
+        return self._outage.answering_for > 2 * LEASE_ALONE
+
+    def looked(self, found: Found | Release) -> list[Item]:
+        """What to run now of what a look found."""
+        if isinstance(found, Release):
+            if self._may_tell():
+                log.warning("%s: parked messages wait: %s", self.name, shown(found.cause))
+            self._outage.noticed()
+            return []
+        if found.suspects and self._isolate is not None:
+            self._isolate()
+        return [Item(Kept(job.message), job) for job in found.jobs]
+
+    def look_again(self, more: bool) -> None:
+        """After a look and what it found: at once when there may be more."""
+        if more and not self._stopping:
+            self._lanes.put([Look()])
+            return
+        with self._lock:
+            self._looks -= 1
+
+    def _stop_consuming(self, why: str) -> None:
+        with self._lock:
+            if self.stopped is not None:
+                return
+            self.stopped = why
+        log.error("%s: stopped: %s. What is not settled stays with the broker", self.name, why)
+        threading.Thread(target=self._leave, name=f"idemq-{self.name}-leaves", daemon=True).start()
+
+    def _leave(self) -> None:
+        self.pause()
+        self.close(30.0)
+
+    def _may_tell(self) -> bool:
+        """Once a second: what the database does befalls every message alike, while it is down."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._told + 1.0:
+                return False
+            self._told = now
+            return True
+
+    def lane_lost(self) -> Exception | None:
+        lost = self.stopped is None and self._lanes.ended()
+        return RuntimeError("a lane was cancelled from outside") if lost else None
+
+    def late(self) -> Exception | None:
+        """A handler that runs on after its deadline; it can only be ended with its process."""
+        with self._lock:
+            timed = list(self._timed)
+        for item in timed:
+            deadline = item.job.deadline if item.job is not None else None
+            over = time.monotonic() - deadline if deadline is not None else 0.0
+            if over > OVERTIME:
+                return RuntimeError(f"{item.id!r} runs {over:.0f} s past its deadline")
+            if over > 0 and not item.told:
+                item.told = True
+                log.warning("%s: %r runs longer than its deadline; it will fail", self.name, item.id)
+        return None
+
+    def report(self) -> None:
+        """One line of what happened since the start."""
+        names = ("processed", "duplicates", "parked", "dead", "failures")
+        counts = ", ".join(f"{name} {self.counts[name]}" for name in names)
+        away = not (self._stopping or self.subscription.connected)
+        state = "; not connected to the broker" if away else ""
+        state += "; waiting for the database" if self._outage.lasts else ""
+        state += f"; stopped: {self.stopped}" if self.stopped is not None else ""
+        log.info("%s: %s%s", self.name, counts, state)
+
+    def pause(self) -> None:
+        """Take no more deliveries, and begin no more attempts."""
+        self._stopping = True
+        self.subscription.pause()
+        self._lanes.stop(lambda item: item.delivery.drop() if isinstance(item, Item) else None)
+
+    def close(self, grace: float) -> bool:
+        """Wait for the attempts under way, settle, and leave. False: an attempt did not end in time."""
+        ended = self._lanes.join(grace)
+        self.report()
+        self.subscription.close(timeout=10.0)
+        return ended

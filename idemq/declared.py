@@ -1,0 +1,87 @@
+"""What a declared consumer is to the path of its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from idemq import failures
+from idemq.errors import BadMessage, SetupError
+from idemq.failures import MAX_KEPT, Job, Outcome
+from idemq.handlers import Handler
+from idemq.ledger import WAIT
+from idemq.message import IdRule, Message, fingerprint_of, key_of, message_id
+from idemq.retry import Policy
+from idemq.sessions import Sessions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consumer:
+    """What the path needs to know of a declared consumer."""
+
+    name: str
+    handler: Handler
+    id: IdRule | None = None
+    #: The number that is compared for the same id (four bytes, signed); None compares nothing.
+    fingerprint: Callable[[Message], int | None] = lambda message: fingerprint_of(message.body)
+    #: Seconds that a repeat waits for its twin in flight.
+    wait: float = WAIT
+    strict: bool = False
+    #: When a failed message is tried again; None: at once, by whoever runs it.
+    policy: Policy | None = None
+    #: There is a worker that takes up what is parked.
+    parks: bool = False
+    #: Seconds that a handler may run.
+    deadline: float | None = None
+    #: How often a message may end a process in which it runs alone.
+    max_crashes: int = 3
+    #: What becomes of a message that does not say when it was sent, or says a time to come.
+    undated: Literal["run", "park"] = "run"
+    #: The largest message that is parked or made a dead letter, in bytes.
+    max_kept: int = MAX_KEPT
+    schema: str | None = None
+    sessions: Sessions
+
+    def job(self, message: Message) -> Job:
+        """Never raises: what cannot be judged becomes a job that is buried."""
+        try:
+            identifier = message_id(message, self.id)
+            if message.id != identifier:
+                message = replace(message, id=identifier)
+            job = Job(message, key_of(identifier), self.fingerprint(message))
+            job.bad = BadMessage(message.unreadable) if message.unreadable else None
+        except Exception as error:  # also from the user's id= and fingerprint= functions
+            bad = error if isinstance(error, BadMessage) else BadMessage(f"{type(error).__name__}: {error}")
+            job = Job(message, None, None, bad=BadMessage(message.unreadable) if message.unreadable else bad)
+        if job.bad is not None:
+            job.outcome = Outcome(getattr(job.bad, "reason", "unreadable"), job.bad)
+        return job
+
+    def delivered(self, message: Message) -> Job:
+        """The job of a message that a broker delivered.
+
+        What it delivers again is a suspect, and parked before it is decoded: it may have ended the process
+        that had it.
+        """
+        job = self.job(message)
+        small = len(message.body or b"") < self.max_kept // 2
+        if message.redelivered and self.parks and job.outcome is None and small:
+            job.outcome = Outcome(failures.SUSPECT, None, 0.0)
+        return job
+
+
+def fingerprint_by(
+    name: str, function: Callable[[Message], bytes | str] | bool | None
+) -> Callable[[Message], int | None]:
+    """What a consumer's `fingerprint=` means."""
+    if function is None or function is False:
+        return lambda message: None
+    if not callable(function):
+        raise SetupError(f"consumer {name!r}: fingerprint= takes a function of the message, or None")
+
+    def digest(message: Message) -> int:
+        value = function(message)
+        return fingerprint_of(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
+
+    return digest

@@ -1,0 +1,196 @@
+"""The lanes of a consumer: each works on one message at a time, with a unit of its own; sync or async."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+from tenacity import RetryCallState, Retrying
+
+from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
+from idemq.broker import Delivery, Source
+from idemq.declared import Consumer
+from idemq.failures import Job
+from idemq.message import Message, Release, Verdict
+from idemq.packing import shown
+from idemq.parking import LEASE, Found
+
+if TYPE_CHECKING:
+    from idemq.consuming import ConsumerWorker
+
+#: How many parked messages a lane picks at a time, unless they take long.
+PICK = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """What a consumer is run with: its declaration, where from, and how many at a time."""
+
+    consumer: Consumer
+    source: Source
+    concurrency: int
+    prefetch: int
+    number: int
+    trigger: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """A delivery, or a parked message, that the worker has until it is settled."""
+
+    delivery: Delivery
+    job: Job | None = None
+    releases: int = 0
+    #: Since when its twin is in flight elsewhere.
+    kept_since: float | None = None
+    #: It was said that it runs past its deadline.
+    told: bool = False
+
+    @property
+    def id(self) -> str:
+        """The message's id, for log lines."""
+        return shown(self.job.message.id or "") if self.job is not None else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Look for parked messages that are due, and run them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The delivery of a parked message: the broker has been told of it already."""
+
+    message: Message
+
+    def start(self) -> bool:
+        return True
+
+    def ack(self) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+    def drop(self) -> None:
+        pass
+
+
+class _Picking:
+    """How many parked messages to pick, by how long the last ones took: none should lose its lease."""
+
+    def __init__(self) -> None:
+        self.count = PICK
+        self.any = False
+        self._began = 0.0
+
+    def begin(self, found: Found | Release) -> None:
+        self.any = self.any or (isinstance(found, Found) and bool(found.jobs))
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        self.count = PICK if time.monotonic() - self._began < LEASE / 10 else 1
+
+
+class Lane:
+    """For sync handlers, in a thread."""
+
+    def __init__(self, worker: ConsumerWorker, engine: Engine) -> None:
+        feed = worker.feed
+        self._worker = worker
+        self._unit = SyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
+        self._picking = _Picking()
+
+    def run(self, item: Item | Look) -> None:
+        try:
+            if isinstance(item, Item):
+                self._one(item)
+            else:
+                self._look()
+        except BaseException as error:
+            self._worker.crash = error
+            raise
+
+    def _one(self, item: Item) -> None:
+        job = self._worker.take(item)
+        if job is not None:
+            self._worker.settle(item, self._unit.run(job))
+
+    def _look(self) -> None:
+        worker, picking = self._worker, self._picking
+        found = self._unit.look(worker.owner, picking.count, inline=worker.alone, reap=worker.reaps)
+        picking.begin(found)
+        items = worker.looked(found)
+        for each in items:
+            self._one(each)
+        picking.end()
+        worker.look_again(bool(items))
+
+    def close(self) -> None:
+        if self._picking.any:
+            with suppress(Exception):  # the database is away: the lease ends
+                self._unit.give_back(self._worker.owner)
+        self._unit.close()
+
+
+class AsyncLane:
+    """For async handlers, in a task of the handlers' event loop."""
+
+    def __init__(self, worker: ConsumerWorker, engine: AsyncEngine) -> None:
+        feed = worker.feed
+        self._worker = worker
+        self._unit = AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
+        self._picking = _Picking()
+
+    async def run(self, item: Item | Look) -> None:
+        try:
+            if isinstance(item, Item):
+                await self._one(item)
+            else:
+                await self._look()
+        except BaseException as error:
+            self._worker.crash = error
+            raise
+
+    async def _one(self, item: Item) -> None:
+        job = self._worker.take(item)
+        if job is not None:
+            self._worker.settle(item, await attempt(self._unit, job))
+
+    async def _look(self) -> None:
+        worker, picking = self._worker, self._picking
+        found = await self._unit.look(worker.owner, picking.count, inline=worker.alone, reap=worker.reaps)
+        picking.begin(found)
+        items = worker.looked(found)
+        for each in items:
+            await self._one(each)
+        picking.end()
+        worker.look_again(bool(items))
+
+    async def close(self) -> None:
+        if self._picking.any:
+            with suppress(Exception):  # the database is away: the lease ends
+                await self._unit.give_back(self._worker.owner)
+        await self._unit.close()
+
+
+async def attempt(unit: AsyncUnit, job: Job) -> Verdict:
+    """One attempt, in a task of its own: what a handler does to its task, at once or by a timer that it
+    forgot, must reach neither the lane nor the next message."""
+    running = asyncio.ensure_future(unit.run(job))
+    await asyncio.wait({running})
+    if running.cancelled():  # only the handler can have done that
+        return await unit.failed(job, asyncio.CancelledError("the handler's task was cancelled"))
+    return running.result()
+
+
+def pause(releases: int) -> float:
+    """Seconds before a message that was released so often is tried again."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = releases
+    return PAUSE(state)

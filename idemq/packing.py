@@ -1,0 +1,90 @@
+"""Headers, properties and errors as the failure table keeps them: nothing is refused, nothing guessed."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
+
+from idemq.drivers import error_code
+
+#: The longest error text that is kept, in characters; the middle is cut.
+MAX_ERROR = 20_000
+
+#: How deep header tables may be nested before the rest is left out.
+MAX_DEPTH = 100
+
+
+def packed(values: Mapping[str, Any]) -> bytes:
+    """MessagePack that keeps text and bytes apart and never refuses: what it has no type for becomes text."""
+    return msgspec.msgpack.encode(_plain(dict(values)))
+
+
+def unpacked(data: bytes | None) -> dict[str, Any]:
+    """What `packed` made; text that is no UTF-8 comes back as its bytes."""
+    return msgspec.msgpack.decode(data, type=dict[str, Any]) if data else {}
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        return "(nested too deep)"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # lone surrogates: kept as the bytes that they stand for
+            return value.encode("utf-8", "surrogatepass")
+        return value
+    if isinstance(value, Mapping):
+        return {_name(name): _plain(each, depth + 1) for name, each in value.items()}
+    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
+        return [_plain(each, depth + 1) for each in value]
+    if isinstance(value, bool | int | float | bytes | bytearray | memoryview | datetime | None):
+        big = isinstance(value, int) and not -(2**63) <= value < 2**64
+        return str(value) if big else value
+    return _plain(str(value))
+
+
+def _name(name: object) -> str:
+    return str(name).encode("utf-8", "replace").decode()
+
+
+def error_text(error: BaseException) -> str:
+    """The traceback as text that every database stores: no NUL, no lone surrogate, not too long."""
+    text = "".join(traceback.format_exception(error))
+    text = text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\\x00")
+    half = MAX_ERROR // 2
+    return text if len(text) <= MAX_ERROR else f"{text[:half]}\n[...]\n{text[-half:]}"
+
+
+def words(error: BaseException) -> str:
+    """What a log line may say: no statement, no parameters, no row, no value out of a database's error."""
+    if not isinstance(error, StatementError):
+        return f"{type(error).__name__}: {_text(error)}"
+    cause = error.orig if error.orig is not None else error
+    text = (_text(cause).splitlines() or [""])[0]
+    if not isinstance(error, DBAPIError) or str(error_code(error)).startswith("22"):
+        text = "a value does not fit" if not isinstance(error, DBAPIError) else _VALUE.sub("...", text)
+    elif isinstance(error, DataError | IntegrityError):  # PostgreSQL puts the names of constraints in "..."
+        text = re.sub("'[^']*'", "...", text)
+    return f"{type(cause).__name__}: {text}"
+
+
+_VALUE = re.compile("'.*'|\".*\"")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error).strip()
+    except Exception:  # the user's own class may fail at it
+        return "(it cannot be printed)"
+
+
+def shown(text: str) -> str:
+    """Text from outside as it may stand in a log line: one line, printable, at most 200 characters."""
+    text = "".join(each if each.isprintable() else " " for each in text[:400])
+    return text if len(text) <= 200 else text[:200] + "..."

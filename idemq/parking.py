@@ -1,0 +1,164 @@
+"""Takes up messages that were parked: due rows of `idemq_failed` become jobs again.
+
+A row that is picked carries its owner and a lease, and is due again when the lease ends: then its owner died
+or froze with it. Such a row is a *suspect*, because it may be what killed the owner; so is a message that a
+broker delivers again without saying why. Suspects are picked one at a time by a process that does nothing
+else meanwhile (`alone`), and only what ends such a process counts as a crash.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import NamedTuple
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, select, update
+
+from idemq import schema
+from idemq.drivers import begin
+from idemq.errors import Crashed
+from idemq.failures import WAITING, Job, Judge, Outcome, Row, message_of
+from idemq.ledger import Ledger
+from idemq.message import key_of
+from idemq.packing import unpacked
+
+#: How long a picked row may wait for its turn, in seconds. While it runs its own lock keeps others away.
+LEASE = 60.0
+
+#: The same for one that runs alone, which begins at once.
+LEASE_ALONE = 15.0
+
+#: How many due rows are looked at in one transaction.
+LOOK = 50
+
+
+class Found(NamedTuple):
+    """What a look for parked messages found."""
+
+    jobs: list[Job]
+    #: There are suspects for a process that runs them alone.
+    suspects: bool
+
+
+class Parking:
+    """The parked messages of one consumer."""
+
+    def __init__(self, ledger: Ledger, consumer: int, judge: Judge, max_crashes: int) -> None:
+        self._ledger, self._consumer = ledger, consumer
+        self._judge, self._max_crashes = judge, max_crashes
+        self._table = schema.table("idemq_failed", ledger.schema)
+
+    def look(
+        self,
+        connection: Connection,
+        owner: bytes,
+        count: int,
+        *,
+        alone: bool = False,
+        inline: bool = False,
+        reap: bool = True,
+    ) -> Found:
+        """Pick due messages: up to `count` ordinary ones; or one suspect, to run `alone`; or both (`inline`).
+
+        Begins and commits its own transactions. Raises database errors.
+        """
+        with connection.begin():
+            ordinary, suspects = self.due(connection)
+        ordinary, suspect = ordinary and not alone, suspects and (alone or inline)
+        jobs: list[Job] = []
+        if ordinary or suspect:
+            transaction = begin(connection)
+            if suspect:
+                jobs += self.pick(connection, owner, 1, alone=True, reap=False)
+            if ordinary:
+                jobs += self.pick(connection, owner, count, alone=False, reap=reap)
+            transaction.commit()
+        return Found(jobs, suspects)
+
+    def due(self, connection: Connection) -> tuple[bool, bool]:
+        """Whether ordinary rows are due (or leases have ended), and whether suspects are. Takes no lock."""
+        table, condition = self._table, self._due(self._ledger.now(connection))
+        suspects = (table.c.starts > 0) & table.c.owner.is_(None)
+        found = [
+            connection.execute(select(table.c.seq).where(condition, kind).limit(1)).first() is not None
+            for kind in (~suspects, suspects)
+        ]
+        return found[0], found[1]
+
+    def pick(self, connection: Connection, owner: bytes, count: int, *, alone: bool, reap: bool) -> list[Job]:
+        """Up to `count` due messages, ours from the caller's commit on: ordinary ones, or suspects (`alone`).
+
+        With `reap`, rows whose lease has ended become suspects; those that ended a process too often are
+        picked here as well, to be buried.
+        """
+        now, table = self._ledger.now(connection), self._table
+        ended = table.c.owner.is_not(None)
+        wanted = table.c.owner.is_(None) & ((table.c.starts > 0) if alone else (table.c.starts == 0))
+        columns = (table.c.seq, table.c.owner, table.c.alone, table.c.crashes)
+        rows = connection.execute(
+            select(*columns)
+            .where(self._due(now), (wanted | ended) if reap else wanted)
+            .order_by(table.c.not_before, table.c.seq)
+            .limit(LOOK)
+            .with_for_update(skip_locked=True)
+        ).all()
+        picked = [row.seq for row in rows if row.owner is None][:count]
+        crashed: list[int] = []
+        for row in rows:
+            if row.owner is not None:
+                self._ended(connection, row.seq, crashed=bool(row.alone), now=now)
+                if row.alone and row.crashes + 1 >= self._max_crashes:
+                    crashed.append(row.seq)
+        taken = picked + crashed
+        if not taken:
+            return []
+        until = now + timedelta(seconds=LEASE_ALONE if alone else LEASE)
+        lease = {"owner": owner, "alone": alone, "lease_until": until, "not_before": until}
+        connection.execute(update(table).where(table.c.seq.in_(taken)).values(lease))
+        found = connection.execute(
+            select(table).where(table.c.seq.in_(taken)).order_by(table.c.seq)
+        ).mappings()
+        return [self._job(row, now, crashed=row["seq"] in crashed) for row in found]
+
+    def give_back(self, connection: Connection, owner: bytes) -> None:
+        """What was picked and not run is due again at once: an orderly end."""
+        table, transaction = self._table, begin(connection)
+        connection.execute(
+            update(table)
+            .where(table.c.consumer == self._consumer, table.c.state == WAITING, table.c.owner == owner)
+            .values(owner=None, alone=False, lease_until=None, not_before=self._ledger.now(connection))
+        )
+        transaction.commit()
+
+    def _due(self, now: datetime) -> ColumnElement[bool]:
+        table = self._table
+        return (table.c.consumer == self._consumer) & (table.c.state == WAITING) & (table.c.not_before <= now)
+
+    def _ended(self, connection: Connection, seq: int, *, crashed: bool, now: datetime) -> None:
+        table = self._table
+        changes = {
+            "starts": table.c.starts + 1,
+            "crashes": table.c.crashes + crashed,
+            "owner": None,
+            "alone": False,
+            "lease_until": None,
+            "not_before": now,
+            "last_at": now,
+        }
+        connection.execute(update(table).where(table.c.seq == seq).values(changes))
+
+    def _job(self, row: RowMapping, now: datetime, *, crashed: bool) -> Job:
+        message = message_of(row)
+        if row["owns_claim"]:
+            job = Job(message, row["identity"], row["fingerprint"])
+        elif message.id is not None and unpacked(row["properties"]).get("judged"):
+            job = Job(message, key_of(message.id), row["fingerprint"])
+        else:  # it had no usable id when it was buried; the consumer's rule may have been mended
+            job = self._judge(message)
+        job.row = Row(row["pk"], row["owner"], row["owns_claim"])
+        job.failures = row["attempts"]
+        job.began = monotonic() - max(0.0, (now - row["first_at"]).total_seconds())
+        if crashed:
+            error = Crashed(f"it ended {row['crashes']} processes in which it ran alone")
+            job.outcome = Outcome(Crashed.reason, error)
+        return job

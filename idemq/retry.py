@@ -1,0 +1,87 @@
+"""When a failed attempt is tried again: the user's tenacity policy, asked one attempt at a time.
+
+Attempts are far apart and in different processes, so tenacity's own loop is not used: its `stop`, `wait` and
+`retry` are asked with a state made for the attempt (https://tenacity.readthedocs.io).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from tenacity import (
+    AsyncRetrying,
+    BaseRetrying,
+    RetryCallState,
+    Retrying,
+    stop_after_attempt,
+    stop_never,
+    wait_chain,
+    wait_fixed,
+    wait_none,
+    wait_random,
+)
+
+from idemq.errors import SetupError
+
+#: Waits after the first failures, in seconds, each lengthened by up to a quarter; the last one repeats.
+WAITS = (0.1, 0.5, 10.0, 60.0, 300.0, 900.0, 1800.0, 3600.0)
+
+#: Exceptions that say that the code is wrong: time does not mend them, a new release does.
+BUGS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, SyntaxError, AssertionError)
+
+#: The longest wait that a policy may ask for, in seconds: thirty days.
+MAX_WAIT = 30 * 86_400.0
+
+
+class _Stop(stop_after_attempt):
+    """Four tries for a bug (about 11 s), twelve for everything else (about 5 hours)."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+
+    def __call__(self, state: RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome is not None else None
+        return super().__call__(state) or (isinstance(error, BUGS) and state.attempt_number >= 4)
+
+
+#: What holds where a consumer says nothing.
+DEFAULT = Retrying(
+    stop=_Stop(), wait=wait_chain(*(wait_fixed(each) + wait_random(0, each / 4) for each in WAITS))
+)
+
+#: Seconds to wait before the next attempt, or None for no other attempt, for: how many attempts failed, the
+#: seconds since the first one, and the last error.
+Policy = Callable[[int, float, BaseException], float | None]
+
+
+def policy(consumer: str, retrying: BaseRetrying | None) -> Policy:
+    """What a consumer's `retry=` means.
+
+    Raises `SetupError` for what is no `tenacity.Retrying`, and for one that would neither stop nor wait.
+    """
+    if retrying is None:
+        retrying = DEFAULT
+    if not isinstance(retrying, BaseRetrying) or isinstance(retrying, AsyncRetrying):
+        raise SetupError(
+            f"consumer {consumer!r}: retry= takes a tenacity.Retrying(stop=..., wait=..., retry=...)"
+        )
+    if retrying.stop is stop_never and isinstance(retrying.wait, wait_none):
+        raise SetupError(f"consumer {consumer!r}: retry= neither stops nor waits; give it stop= and wait=")
+
+    def decide(attempts: int, elapsed: float, error: BaseException) -> float | None:
+        state = RetryCallState(retrying, None, (), {})
+        state.attempt_number = attempts
+        state.set_exception((type(error), error, error.__traceback__))
+        assert state.outcome_timestamp is not None
+        state.start_time = state.outcome_timestamp - elapsed
+        if not retrying.retry(state):
+            return None
+        state.upcoming_sleep = float(retrying.wait(state))
+        if retrying.stop(state):
+            return None
+        return (
+            min(max(0.0, state.upcoming_sleep), MAX_WAIT) if math.isfinite(state.upcoming_sleep) else MAX_WAIT
+        )
+
+    return decide
