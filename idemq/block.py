@@ -13,9 +13,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import ColumnElement, Connection, Engine, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from idemq import names, schema
+from idemq import names, options, schema
 from idemq.drivers import is_transient, kind_of
-from idemq.errors import BrokeTransaction, Conflict, SetupError
+from idemq.errors import BrokeTransaction, Conflict
 from idemq.guard import Guard, is_lent
 from idemq.ledger import WAIT, Claim, Ledger
 from idemq.message import Message, encoded, fingerprint_of, key_of, message_id
@@ -42,17 +42,15 @@ class Request:
 
 
 def request_of(
-    consumer: str, identifier: Id, body: Body, wait: float, schema: str | None, strict: bool
+    consumer: str, identifier: Id, body: Body, wait: float, database_schema: str | None, strict: bool
 ) -> Request:
-    """Raises `NoId` for an empty or overlong id."""
-    if not consumer or len(consumer.encode()) > 200:
-        raise SetupError(f"consumer {consumer!r}: a name has 1 to 200 bytes")
-    if not 0.001 <= wait <= 3600:
-        raise SetupError(f"consumer {consumer!r}: wait={wait} must be from 0.001 to 3600 seconds")
+    """Raises `NoId` for an empty or overlong id, and `SetupError` for what else is wrong."""
+    options.check(consumer, (), {"wait": wait})
+    schema.tables(database_schema)  # refuses a name that is no plain identifier
     key = key_of(message_id(_BODILESS, lambda _: identifier))  # type: ignore[arg-type]  # ints too
     content = encoded(body) if isinstance(body, str) else body
     fingerprint = None if content is None else fingerprint_of(content)
-    return Request(consumer, key, fingerprint, wait, schema, strict)
+    return Request(consumer, key, fingerprint, wait, database_schema, strict)
 
 
 class Block:

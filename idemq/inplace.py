@@ -28,6 +28,7 @@ from tenacity import (
     stop_when_event_set,
 )
 
+from idemq import schema
 from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
 from idemq.block import has_trigger, registered
 from idemq.declared import Consumer, fingerprint_by
@@ -36,7 +37,9 @@ from idemq.failures import Job
 from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
 from idemq.message import Ack, Dead, IdRule, Message, Release, Verdict
+from idemq.options import check
 from idemq.process import released
+from idemq.scopes import refuse_shared
 from idemq.sessions import Maker, Sessions
 
 log = logging.getLogger("idemq.inplace")
@@ -68,13 +71,17 @@ class InPlace:
         give_up: float = 60.0,
         **options: Any,
     ) -> None:
+        known = Options.__annotations__
+        check(consumer, options.keys() - known.keys(), {name: options.get(name) for name in known})
         read_handler = read(handler, consumer)
         self.asynchronous = read_handler.asynchronous
         if isinstance(engine, AsyncEngine) != self.asynchronous:
             kind, wanted = ("async", "AsyncEngine") if self.asynchronous else ("sync", "Engine")
             raise SetupError(f"consumer {consumer!r}: its handler is {kind}: give it an {wanted}")
-        if not 0 <= give_up <= 86_400:
-            raise SetupError(f"consumer {consumer!r}: give_up={give_up} must be from 0 to 86,400 seconds")
+        refuse_shared(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
+        number = isinstance(give_up, int | float) and not isinstance(give_up, bool)
+        if not number or not 0 <= give_up <= 86_400:
+            raise SetupError(f"consumer {consumer!r}: give_up={give_up!r} must be from 0 to 86,400 seconds")
         self._engine = engine
         self._give_up = give_up
         self._raised = threading.local()
@@ -210,10 +217,7 @@ class InPlace:
 
 
 def _consumer(name: str, handler: Handler, given: dict[str, Any]) -> Consumer:
-    if unknown := given.keys() - Options.__annotations__.keys():
-        raise SetupError(f"consumer {name!r}: unknown option {sorted(unknown)[0]!r}")
-    if not name or len(name.encode()) > 200:
-        raise SetupError(f"consumer {name!r}: a name has 1 to 200 bytes")
+    schema.tables(given.get("schema"))  # refuses a name that is no plain identifier
     sessions = Sessions(given.get("session"))
     for wanted in handler.session_classes:
         if not sessions.provides(wanted):
@@ -226,7 +230,7 @@ def _consumer(name: str, handler: Handler, given: dict[str, Any]) -> Consumer:
         name=name,
         handler=handler,
         id=(rule,) if isinstance(rule, str) else rule,
-        wait=given.get("wait", WAIT),
+        wait=given.get("wait") or WAIT,
         strict=given.get("strict", False),
         schema=given.get("schema"),
         sessions=sessions,

@@ -20,7 +20,7 @@ from contextlib import (
 )
 from typing import Any, overload
 
-from sqlalchemy import Connection, Engine, StaticPool
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
@@ -30,7 +30,7 @@ from idemq.bridge import uninterrupted
 from idemq.errors import BrokeTransaction, SetupError
 from idemq.ledger import WAIT
 from idemq.process import allow_commit
-from idemq.scopes import ConnectionScope, Scope, SessionScope
+from idemq.scopes import ConnectionScope, Scope, SessionScope, refuse_shared
 from idemq.work import AsyncEngineWork, AsyncWithBlock, EngineWork, WithBlock, Work
 
 _Borrowed = Session | scoped_session[Any] | Connection
@@ -208,7 +208,7 @@ def _leave(block: Block, work: Work, error: BaseException | None) -> None:
 
 @contextmanager
 def _on_engine(engine: Engine, request: Request) -> Iterator[EngineWork]:
-    _refuse_shared(engine)
+    refuse_shared(engine)
     begun: Block | None = None
     try:
         with engine.connect() as connection:
@@ -231,7 +231,7 @@ def _on_engine(engine: Engine, request: Request) -> Iterator[EngineWork]:
 
 @asynccontextmanager
 async def _on_async_engine(engine: AsyncEngine, request: Request) -> AsyncIterator[AsyncEngineWork]:
-    _refuse_shared(engine.sync_engine)
+    refuse_shared(engine.sync_engine)
     begun: Block | None = None
     try:
         async with engine.connect() as connection:
@@ -253,11 +253,6 @@ async def _on_async_engine(engine: AsyncEngine, request: Request) -> AsyncIterat
             raise
         async with engine.connect() as connection:
             raise await connection.run_sync(_told, begun, error) from error
-
-
-def _refuse_shared(engine: Engine) -> None:
-    if isinstance(engine.pool, StaticPool):
-        raise SetupError("once(engine): a StaticPool gives all threads one transaction; use another pool")
 
 
 def _open(connection: Connection, request: Request) -> tuple[Block, ConnectionScope]:

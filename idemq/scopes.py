@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Engine, StaticPool, event
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
@@ -172,6 +172,12 @@ class SessionScope:
     def undo_all(self) -> None:
         _cut(self.connection)
         self._session.rollback()
+
+
+def refuse_shared(engine: Engine) -> None:
+    """Raise `SetupError` when all threads would work in one transaction."""
+    if isinstance(engine.pool, StaticPool):
+        raise SetupError("a StaticPool gives all threads one transaction; give the engine another pool")
 
 
 def begin(connection: Connection) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import kombu
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from sqlalchemy import URL, Engine, create_engine, insert, select
+from sqlalchemy import URL, Engine, StaticPool, create_engine, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -178,6 +178,10 @@ def test_many_threads_may_share_a_place_and_its_connections_go_back(engine: Engi
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]  # of a QueuePool
 
 
+#: For what a type checker would refuse.
+AnyPlace: Any = InPlace
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -185,7 +189,16 @@ def test_many_threads_may_share_a_place_and_its_connections_go_back(engine: Engi
         (lambda _, other: InPlace(pay, other, "shop"), "its handler is sync: give it an Engine"),
         (lambda sync, _: InPlace(pay, sync, ""), "1 to 200 bytes"),
         (lambda sync, _: InPlace(pay, sync, "shop", give_up=-1), "give_up=-1"),
-        (lambda sync, _: InPlace(pay, sync, "shop", idd="x"), "unknown option 'idd'"),
+        (lambda sync, _: AnyPlace(pay, sync, "shop", give_up="1"), "give_up='1'"),
+        (lambda sync, _: InPlace(pay, sync, "shop", idd="x"), "unknown option 'idd'; did you mean 'id'"),
+        (lambda sync, _: AnyPlace(pay, sync, 7), "name is a text of 1 to 200 bytes"),
+        (lambda sync, _: InPlace(pay, sync, "shop", wait=0), "wait=0 must be from 0.001"),
+        (lambda sync, _: InPlace(pay, sync, "shop", wait="2"), "wait='2' must be from 0.001"),
+        (lambda sync, _: InPlace(pay, sync, "shop", id=["a", ""]), "names no header"),
+        (lambda sync, _: InPlace(pay, sync, "shop", id=pay_async), "plain functions, not async"),
+        (lambda sync, _: InPlace(pay, sync, "shop", fingerprint="body"), "fingerprint= takes a function"),
+        (lambda sync, _: InPlace(pay, sync, "shop", schema="a b"), "schema='a b' is no plain identifier"),
+        (lambda *_: InPlace(pay, create_engine("sqlite://", poolclass=StaticPool), "shop"), "StaticPool"),
         (lambda _, other: rabbitmq.wrap(pay_async, other, "shop"), "must be sync"),
         (lambda _, other: kafka.process_sync(None, pay_async, other, "shop"), "await process"),
     ],

@@ -247,7 +247,10 @@ def _repeats(session: Session) -> list[Work]:
     [
         ("", "1", {}, SetupError, "1 to 200 bytes"),
         ("é" * 101, "1", {}, SetupError, "1 to 200 bytes"),
+        (7, "1", {}, SetupError, "1 to 200 bytes"),
         ("shop", "1", {"wait": 0}, SetupError, "wait=0"),
+        ("shop", "1", {"wait": "2"}, SetupError, "wait='2'"),
+        ("shop", "1", {"schema": "a b"}, SetupError, "schema='a b' is no plain identifier"),
         ("shop", "", {}, NoId, "id"),
         ("shop", None, {}, NoId, "id"),
         ("shop", True, {}, NoId, "id"),
@@ -255,7 +258,7 @@ def _repeats(session: Session) -> list[Work]:
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_happens(
-    consumer: str, identifier: Any, options: dict[str, Any], error: type[Exception], said: str
+    consumer: Any, identifier: Any, options: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     engine = create_engine("sqlite:////nowhere/at/all.db")
     with pytest.raises(error, match=said):
