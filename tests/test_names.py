@@ -10,9 +10,8 @@ from sqlalchemy import URL, Connection, Engine, create_engine, delete, select, t
 from sqlalchemy.exc import DBAPIError
 
 from idemq import migrate, names, once, schema
-from idemq.drivers import is_transient
+from idemq.drivers import begin, is_transient
 from idemq.errors import SchemaError, SetupError
-from idemq.drivers import begin
 from tests.core_tools import PROCESSED, REPEATED, Shop, message, on
 
 DATABASES = [("sqlite", "pysqlite"), ("postgres", "psycopg"), ("mariadb", "pymysql"), ("mysql", "pymysql")]

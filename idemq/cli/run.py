@@ -26,8 +26,8 @@ from idemq.app import App, Declared
 from idemq.cli.loading import AppName, Failure, Unreachable, engine_of, load, with_connection
 from idemq.cli.logs import Format, configure
 from idemq.cli.supervisor import supervise
-from idemq.lanes import Feed
 from idemq.errors import BrokerUnavailable, IdemqError, SchemaError, SetupError
+from idemq.lanes import Feed
 from idemq.worker import Worker
 
 log = logging.getLogger("idemq.run")
