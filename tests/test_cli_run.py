@@ -107,7 +107,7 @@ def test_it_says_what_it_consumes_and_ends_with_zero_at_sigterm(shop: Path) -> N
         assert process.wait(40) == 0
     assert said(shop, r"receipts: from queue 'payments' in .*, 1 at a time .*, into sqlite.*shop.db")
     assert said(shop, r"audit: from queue 'audit' in .*, 3 at a time")
-    assert said(shop, r"receipts: processed 2, duplicates 1, dead 0, failures 0")
+    assert said(shop, r"receipts: processed 2, duplicates 1, parked 0, dead 0, failures 0")
 
 
 def test_only_runs_the_named_consumer_and_json_is_one_object_a_line(shop: Path) -> None:
