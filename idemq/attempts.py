@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Awaitable
 from concurrent.futures import Future
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -59,7 +60,7 @@ class SyncUnit:
             if self._unit is not None and self._unit.spoiled:
                 self._discard()
 
-    def look(self, owner: bytes, count: int, **how: bool) -> Found | Release:
+    def look(self, owner: bytes, count: int, **how: Any) -> Found | Release:
         """Pick parked messages that are due: `process.Unit.look`. Never raises an Exception."""
         try:
             return self._opened().look(owner, count, **how)
@@ -177,7 +178,7 @@ class AsyncUnit:
         connection, unit = await self._connected()
         return await uninterrupted(connection.run_sync(lambda _: unit.put(job)))
 
-    async def look(self, owner: bytes, count: int, **how: bool) -> Found | Release:
+    async def look(self, owner: bytes, count: int, **how: Any) -> Found | Release:
         """Pick parked messages that are due: `process.Unit.look`. Never raises an Exception."""
         try:
             connection, unit = await self._connected()

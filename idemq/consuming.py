@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import Engine
@@ -18,10 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idemq.bridge import Clock, EventLoop, Tasks, Threads
 from idemq.broker import Delivery, Subscription
-from idemq.failures import FAILED, JUDGED_BAD, RELEASED, Job, Outcome
-from idemq.lanes import AsyncLane, Feed, Item, Kept, Lane, Look, pause
+from idemq.failures import FAILED, JUDGED_BAD, RELEASED, SUSPECT, Job, Outcome
+from idemq.lanes import AsyncLane, Feed, Isolation, Item, Kept, Lane, Look, Suspicion, pause
 from idemq.message import Ack, Dead, Parked, Release, Verdict
 from idemq.outage import Outage
+from idemq.overtime import Timed
 from idemq.packing import shown
 from idemq.parking import LEASE_ALONE, Found
 
@@ -36,12 +38,9 @@ KEEP = 10.0
 #: So many messages in a row that cannot be judged stop the consumer: its producer is wrong, not its messages.
 UNJUDGED = 20
 
-#: How long a handler may run on after its deadline before the process is ended, in seconds.
-OVERTIME = 10.0
-
 
 class ConsumerWorker:
-    """Runs one consumer in this process. `isolate` has its suspects run by a process of their own."""
+    """Runs one consumer in this process."""
 
     def __init__(
         self,
@@ -49,7 +48,7 @@ class ConsumerWorker:
         engine: Engine | AsyncEngine,
         clock: Clock,
         loop: EventLoop | None,
-        isolate: Callable[[], None] | None,
+        isolation: Isolation | None,
     ) -> None:
         self.feed = feed
         self.name = feed.consumer.name
@@ -58,10 +57,10 @@ class ConsumerWorker:
         self.crash: BaseException | None = None
         #: Why this consumer stopped by itself.
         self.stopped: str | None = None
+        self._leaver: threading.Thread | None = None
         #: Marks the parked messages that this worker has picked.
         self.owner = uuid4().bytes
-        self.alone = isolate is None
-        self._isolate = isolate
+        self._isolation = isolation
         self._clock = clock
         self._lock = threading.Lock()
         self._stopping = False
@@ -70,8 +69,9 @@ class ConsumerWorker:
         #: Keys being worked on here, each with the copies that wait for it: they never reach the database.
         self._in_flight: dict[bytes, list[Item]] = {}
         self._kept: set[Item] = set()  # their twins are in flight elsewhere
-        self._timed: set[Item] = set()  # attempts with a deadline
         self._outage = Outage()
+        self._timed = Timed(self.name)
+        self._suspicion = Suspicion(feed.concurrency)
         if isinstance(engine, AsyncEngine):
             assert loop is not None
             self._lanes: Threads[Item | Look] | Tasks[Item | Look] = Tasks(
@@ -92,7 +92,8 @@ class ConsumerWorker:
             self._lanes.put(self._outage.over(item, answered=False))
             return None
         if item.job is None:
-            item.job = self.feed.consumer.delivered(item.delivery.message)
+            message, consumer = item.delivery.message, self.feed.consumer
+            item.job = (consumer.suspect if self._suspicion.of(message) else consumer.job)(message)
         if self._outage.holds(item):
             item.delivery.rest()
             return None
@@ -104,8 +105,8 @@ class ConsumerWorker:
                     waiting.append(item)
                     return None
                 self._in_flight[key] = []
-            if self.feed.consumer.deadline is not None:
-                self._timed.add(item)
+        if self.feed.consumer.deadline is not None:
+            self._timed.begin(item)
         return item.job
 
     def settle(self, item: Item, verdict: Verdict) -> None:
@@ -115,9 +116,10 @@ class ConsumerWorker:
         with self._lock:
             self.counts[outcome] += 1
             waiting = self._in_flight.pop(key, []) if key is not None else []
-            self._timed.discard(item)
             if not isinstance(verdict, Release):
                 self._kept.discard(item)
+        if self.feed.consumer.deadline is not None:
+            self._timed.end(item)
         if waiting:
             self._lanes.put(waiting)
 
@@ -136,6 +138,8 @@ class ConsumerWorker:
             case Parked(reason, delay, cause):
                 item.delivery.ack()
                 self._unjudged = 0
+                if reason == SUSPECT:
+                    self._suspicion.parked(item.delivery.message)
                 level = logging.WARNING if reason == FAILED else logging.INFO
                 why = f" ({shown(cause)})" if cause else ""
                 log.log(level, "%s: %r parked: %s%s; due in %.0f s", self.name, item.id, reason, why, delay)
@@ -210,10 +214,14 @@ class ConsumerWorker:
             self._looks += 1
         self._lanes.put([Look()])
 
-    @property
-    def reaps(self) -> bool:
-        """Leases that ended while the database was away tell nothing of their owners."""
-        return self._outage.answering_for > 2 * LEASE_ALONE
+    def how(self) -> dict[str, Any]:
+        """How to look for parked messages."""
+        return {
+            "inline": self._isolation is None,
+            # Leases that ended while the database was away tell nothing of their owners.
+            "reap": self._outage.answering_for > 2 * LEASE_ALONE,
+            "ended": self._isolation.ended(self.name) if self._isolation is not None else None,
+        }
 
     def looked(self, found: Found | Release) -> list[Item]:
         """What to run now of what a look found."""
@@ -222,8 +230,8 @@ class ConsumerWorker:
                 log.warning("%s: parked messages wait: %s", self.name, shown(found.cause))
             self._outage.noticed()
             return []
-        if found.suspects and self._isolate is not None:
-            self._isolate()
+        if found.suspects and self._isolation is not None:
+            self._isolation.start(self.name)
         return [Item(Kept(job.message), job) for job in found.jobs]
 
     def look_again(self, more: bool) -> None:
@@ -240,57 +248,53 @@ class ConsumerWorker:
                 return
             self.stopped = why
         log.error("%s: stopped: %s. What is not settled stays with the broker", self.name, why)
-        threading.Thread(target=self._leave, name=f"idemq-{self.name}-leaves", daemon=True).start()
+        self._leaver = threading.Thread(target=self._leave, name=f"idemq-{self.name}-leaves", daemon=True)
+        self._leaver.start()
 
     def _leave(self) -> None:
         self.pause()
-        self.close(30.0)
+        self._end(30.0)
 
     def _may_tell(self) -> bool:
         """Once a second: what the database does befalls every message alike, while it is down."""
         with self._lock:
-            now = time.monotonic()
-            if now < self._told + 1.0:
-                return False
-            self._told = now
-            return True
+            may = time.monotonic() >= self._told + 1.0
+            self._told = time.monotonic() if may else self._told
+            return may
 
-    def lane_lost(self) -> Exception | None:
-        lost = self.stopped is None and self._lanes.ended()
-        return RuntimeError("a lane was cancelled from outside") if lost else None
-
-    def late(self) -> Exception | None:
-        """A handler that runs on after its deadline; it can only be ended with its process."""
-        with self._lock:
-            timed = list(self._timed)
-        for item in timed:
-            deadline = item.job.deadline if item.job is not None else None
-            over = time.monotonic() - deadline if deadline is not None else 0.0
-            if over > OVERTIME:
-                return RuntimeError(f"{item.id!r} runs {over:.0f} s past its deadline")
-            if over > 0 and not item.told:
-                item.told = True
-                log.warning("%s: %r runs longer than its deadline; it will fail", self.name, item.id)
-        return None
+    def trouble(self) -> BaseException | None:
+        """Why the process cannot go on, if it cannot."""
+        trouble = self.crash or self._timed.late()
+        if self.stopped is not None:
+            return trouble
+        lost = RuntimeError("a lane was cancelled from outside") if self._lanes.ended() else None
+        return trouble or self.subscription.failure or lost
 
     def report(self) -> None:
         """One line of what happened since the start."""
         names = ("processed", "duplicates", "parked", "dead", "failures")
         counts = ", ".join(f"{name} {self.counts[name]}" for name in names)
-        away = not (self._stopping or self.subscription.connected)
-        state = "; not connected to the broker" if away else ""
+        state = "" if self._stopping or self.subscription.connected else "; not connected to the broker"
         state += "; waiting for the database" if self._outage.lasts else ""
         state += f"; stopped: {self.stopped}" if self.stopped is not None else ""
         log.info("%s: %s%s", self.name, counts, state)
 
     def pause(self) -> None:
         """Take no more deliveries, and begin no more attempts."""
+        if self._stopping:
+            return
         self._stopping = True
         self.subscription.pause()
         self._lanes.stop(lambda item: item.delivery.drop() if isinstance(item, Item) else None)
 
     def close(self, grace: float) -> bool:
         """Wait for the attempts under way, settle, and leave. False: an attempt did not end in time."""
+        if self._leaver is not None:
+            self._leaver.join(grace)
+            return not self._leaver.is_alive()
+        return self._end(grace)
+
+    def _end(self, grace: float) -> bool:
         ended = self._lanes.join(grace)
         self.report()
         self.subscription.close(timeout=10.0)

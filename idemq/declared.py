@@ -51,22 +51,20 @@ class Consumer:
                 message = replace(message, id=identifier)
             job = Job(message, key_of(identifier), self.fingerprint(message))
             job.bad = BadMessage(message.unreadable) if message.unreadable else None
-        except Exception as error:  # also from the user's id= and fingerprint= functions
+        except BaseException as error:  # also from the user's id= and fingerprint= functions
+            if not isinstance(error, Exception) and not self.parks:
+                raise  # in place, Ctrl-C and exits are the caller's; here they would end a lane, each time
             bad = error if isinstance(error, BadMessage) else BadMessage(f"{type(error).__name__}: {error}")
             job = Job(message, None, None, bad=BadMessage(message.unreadable) if message.unreadable else bad)
         if job.bad is not None:
             job.outcome = Outcome(getattr(job.bad, "reason", "unreadable"), job.bad)
         return job
 
-    def delivered(self, message: Message) -> Job:
-        """The job of a message that a broker delivered.
-
-        What it delivers again is a suspect, and parked before it is decoded: it may have ended the process
-        that had it.
-        """
+    def suspect(self, message: Message) -> Job:
+        """The job of a message that may have ended the process that had it: it is parked, and not decoded."""
         job = self.job(message)
         small = len(message.body or b"") < self.max_kept // 2
-        if message.redelivered and self.parks and job.outcome is None and small:
+        if self.parks and job.outcome is None and small:
             job.outcome = Outcome(failures.SUSPECT, None, 0.0)
         return job
 

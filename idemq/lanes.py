@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -37,6 +38,18 @@ class Feed:
     prefetch: int
     number: int
     trigger: bool = False
+
+
+class Isolation(Protocol):
+    """Processes that run suspects alone."""
+
+    def start(self, consumer: str) -> None:
+        """See to it that one runs the consumer's suspects. Never raises an Exception."""
+        ...
+
+    def ended(self, consumer: str) -> bytes | None:
+        """The owner of what was picked by one that ended by itself; told once."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +94,37 @@ class Kept:
         pass
 
 
+class Suspicion:
+    """Which of the messages that are delivered again are suspects.
+
+    All of those that a queue gives, because its limit of deliveries may drop them. A partition's log gives
+    again what nobody had begun as well: there, the first few that no claim absorbs, as many as an owner can
+    have been working on. Whatever is missed ends the next process, and is among the first then.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        self._most = 2 * concurrency + 6
+        self._parked: Counter[object] = Counter()
+
+    def of(self, message: Message) -> bool:
+        partition = _partition(message)
+        if not message.redelivered:
+            if partition is not None and self._parked:
+                self._parked.pop(partition, None)
+            return False
+        return partition is None or self._parked[partition] < self._most
+
+    def parked(self, message: Message) -> None:
+        partition = _partition(message)
+        if partition is not None:
+            self._parked[partition] += 1
+
+
+def _partition(message: Message) -> object:
+    origin = message.origin
+    return (origin["topic"], origin["partition"]) if "partition" in origin else None
+
+
 class _Picking:
     """How many parked messages to pick, by how long the last ones took: none should lose its lease."""
 
@@ -123,7 +167,7 @@ class Lane:
 
     def _look(self) -> None:
         worker, picking = self._worker, self._picking
-        found = self._unit.look(worker.owner, picking.count, inline=worker.alone, reap=worker.reaps)
+        found = self._unit.look(worker.owner, picking.count, **worker.how())
         picking.begin(found)
         items = worker.looked(found)
         for each in items:
@@ -164,7 +208,7 @@ class AsyncLane:
 
     async def _look(self) -> None:
         worker, picking = self._worker, self._picking
-        found = await self._unit.look(worker.owner, picking.count, inline=worker.alone, reap=worker.reaps)
+        found = await self._unit.look(worker.owner, picking.count, **worker.how())
         picking.begin(found)
         items = worker.looked(found)
         for each in items:

@@ -57,11 +57,15 @@ class Parking:
         alone: bool = False,
         inline: bool = False,
         reap: bool = True,
+        ended: bytes | None = None,
     ) -> Found:
         """Pick due messages: up to `count` ordinary ones; or one suspect, to run `alone`; or both (`inline`).
 
-        Begins and commits its own transactions. Raises database errors.
+        The leases of the owner that is known to have `ended` end now. Begins and commits its own
+        transactions. Raises database errors.
         """
+        if ended is not None:
+            self._end_leases(connection, ended)
         with connection.begin():
             ordinary, suspects = self.due(connection)
         ordinary, suspect = ordinary and not alone, suspects and (alone or inline)
@@ -130,6 +134,16 @@ class Parking:
         )
         transaction.commit()
 
+    def _end_leases(self, connection: Connection, owner: bytes) -> None:
+        table, transaction = self._table, begin(connection)
+        now = self._ledger.now(connection)
+        connection.execute(
+            update(table)
+            .where(table.c.consumer == self._consumer, table.c.state == WAITING, table.c.owner == owner)
+            .values(not_before=now)
+        )
+        transaction.commit()
+
     def _due(self, now: datetime) -> ColumnElement[bool]:
         table = self._table
         return (table.c.consumer == self._consumer) & (table.c.state == WAITING) & (table.c.not_before <= now)
@@ -138,7 +152,7 @@ class Parking:
         table = self._table
         changes = {
             "starts": table.c.starts + 1,
-            "crashes": table.c.crashes + crashed,
+            "crashes": table.c.crashes + int(crashed),
             "owner": None,
             "alone": False,
             "lease_until": None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from datetime import UTC, datetime
 from time import monotonic
+from typing import Any
 
 from sqlalchemy import Connection, delete
 from sqlalchemy.engine import RootTransaction
@@ -232,7 +233,7 @@ class Unit:
         delay = outcome.delay if self._consumer.policy is not None else None
         return Release(outcome.cause, failed=outcome.reason == FAILED, delay=delay)
 
-    def look(self, owner: bytes, count: int, **how: bool) -> Found:
+    def look(self, owner: bytes, count: int, **how: Any) -> Found:
         """`Parking.look`. Raises database errors."""
         self._guard.hold()
         return self.parking.look(self.connection, owner, count, **how)

@@ -6,7 +6,8 @@ Attempts are far apart and in different processes, so tenacity's own loop is not
 
 from __future__ import annotations
 
-import math
+import inspect
+import logging
 from collections.abc import Callable
 
 from tenacity import (
@@ -23,6 +24,8 @@ from tenacity import (
 )
 
 from idemq.errors import SetupError
+
+log = logging.getLogger("idemq.retry")
 
 #: Waits after the first failures, in seconds, each lengthened by up to a quarter; the last one repeats.
 WAITS = (0.1, 0.5, 10.0, 60.0, 300.0, 900.0, 1800.0, 3600.0)
@@ -59,6 +62,7 @@ def policy(consumer: str, retrying: BaseRetrying | None) -> Policy:
     """What a consumer's `retry=` means.
 
     Raises `SetupError` for what is no `tenacity.Retrying`, and for one that would neither stop nor wait.
+    Where one of its functions raises, `DEFAULT` decides, and that is logged.
     """
     if retrying is None:
         retrying = DEFAULT
@@ -68,20 +72,45 @@ def policy(consumer: str, retrying: BaseRetrying | None) -> Policy:
         )
     if retrying.stop is stop_never and isinstance(retrying.wait, wait_none):
         raise SetupError(f"consumer {consumer!r}: retry= neither stops nor waits; give it stop= and wait=")
+    for part in (retrying.stop, retrying.wait, retrying.retry):
+        if inspect.iscoroutinefunction(part) or inspect.iscoroutinefunction(type(part).__call__):
+            raise SetupError(
+                f"consumer {consumer!r}: retry= takes no async functions"
+            )
 
     def decide(attempts: int, elapsed: float, error: BaseException) -> float | None:
-        state = RetryCallState(retrying, None, (), {})
-        state.attempt_number = attempts
-        state.set_exception((type(error), error, error.__traceback__))
-        assert state.outcome_timestamp is not None
-        state.start_time = state.outcome_timestamp - elapsed
-        if not retrying.retry(state):
-            return None
-        state.upcoming_sleep = float(retrying.wait(state))
-        if retrying.stop(state):
-            return None
-        return (
-            min(max(0.0, state.upcoming_sleep), MAX_WAIT) if math.isfinite(state.upcoming_sleep) else MAX_WAIT
-        )
+        try:
+            return _ask(retrying, attempts, elapsed, error)
+        except Exception:
+            if retrying is DEFAULT:
+                raise
+            log.exception("consumer %r: its retry= failed; the default policy decides", consumer)
+            return _ask(DEFAULT, attempts, elapsed, error)
 
     return decide
+
+
+def _ask(retrying: BaseRetrying, attempts: int, elapsed: float, error: BaseException) -> float | None:
+    state = _state(retrying, attempts, elapsed, error)
+    if not retrying.retry(state):
+        if isinstance(error, Exception):
+            return None
+        # tenacity means Exceptions where nothing else is said; here a handler that was cancelled, or that
+        # called sys.exit, has failed like any other.
+        likewise = RuntimeError(f"{type(error).__name__}: {error}")
+        if not retrying.retry(_state(retrying, attempts, elapsed, likewise)):
+            return None
+    wait = retrying.wait(state)
+    if wait != wait:
+        raise ValueError("wait= gave no number")
+    state.upcoming_sleep = float(min(max(0.0, wait), MAX_WAIT))
+    return None if retrying.stop(state) else state.upcoming_sleep
+
+
+def _state(retrying: BaseRetrying, attempts: int, elapsed: float, error: BaseException) -> RetryCallState:
+    state = RetryCallState(retrying, None, (), {})
+    state.attempt_number = attempts
+    state.set_exception((type(error), error, error.__traceback__))
+    assert state.outcome_timestamp is not None
+    state.start_time = state.outcome_timestamp - elapsed
+    return state

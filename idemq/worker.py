@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from idemq.bridge import Clock, EventLoop
 from idemq.consuming import ConsumerWorker
 from idemq.errors import SetupError
-from idemq.lanes import Feed
+from idemq.lanes import Feed, Isolation
 
 log = logging.getLogger("idemq.worker")
 
@@ -29,14 +29,11 @@ class Worker:
     """All consumers of one process, from start to stop."""
 
     def __init__(
-        self,
-        feeds: Sequence[tuple[Feed, Engine | AsyncEngine]],
-        isolate: Callable[[str], None] | None = None,
+        self, feeds: Sequence[tuple[Feed, Engine | AsyncEngine]], isolation: Isolation | None = None
     ) -> None:
-        """`isolate` is called with the name of a consumer that has suspects, and sees to a process of their
-        own that runs them; without it they are run here, beside others that they may take with them."""
+        """Without `isolation`, suspects are run here, beside others that they may take with them."""
         self._feeds = feeds
-        self._isolate = isolate
+        self._isolation = isolation
         self._clock = Clock()
         self.failure: BaseException | None = None
         #: Those that run, once `run` was called.
@@ -54,8 +51,7 @@ class Worker:
         """
         loop = EventLoop() if any(isinstance(engine, AsyncEngine) for _, engine in self._feeds) else None
         workers = [
-            ConsumerWorker(feed, engine, self._clock, loop, self._isolation(feed.consumer.name))
-            for feed, engine in self._feeds
+            ConsumerWorker(feed, engine, self._clock, loop, self._isolation) for feed, engine in self._feeds
         ]
         self.consumers = workers
         self._clock.later(1.0, self._watch)
@@ -74,14 +70,9 @@ class Worker:
             loop.close()
         return not late
 
-    def _isolation(self, name: str) -> Callable[[], None] | None:
-        isolate = self._isolate
-        return None if isolate is None else lambda: isolate(name)
-
     def _watch(self) -> None:
         for worker in self.consumers:
-            broker = worker.subscription.failure if worker.stopped is None else None
-            self.failure = worker.crash or broker or worker.lane_lost() or worker.late()
+            self.failure = worker.trouble()
             if self.failure is not None:
                 log.error("%s: cannot go on: %s", worker.name, self.failure)
                 self._clock.stop()

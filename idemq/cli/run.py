@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Annotated, TypeVar
 
 import typer
-from sqlalchemy import Connection, Pool, QueuePool
+from sqlalchemy import Connection, Engine, Pool, QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine
 from tenacity import (
     Retrying,
@@ -23,16 +23,20 @@ from tenacity import (
 
 from idemq import migrate, names
 from idemq.app import App, Declared
+from idemq.cli.isolation import Isolation
 from idemq.cli.loading import AppName, Failure, Unreachable, engine_of, load, with_connection
 from idemq.cli.logs import Format, configure
 from idemq.cli.supervisor import supervise
 from idemq.errors import BrokerUnavailable, IdemqError, SchemaError, SetupError
 from idemq.lanes import Feed
+from idemq.quarantine import Quarantine
 from idemq.worker import Worker
 
 log = logging.getLogger("idemq.run")
 
 Result = TypeVar("Result")
+
+Pairs = list[tuple[Feed, Engine | AsyncEngine]]
 
 
 Only = Annotated[list[str] | None, typer.Option("--only", help="Run this consumer only (repeatable).")]
@@ -40,6 +44,7 @@ Processes = Annotated[int, typer.Option(min=1, help="Worker processes; what dies
 LogFormat = Annotated[Format, typer.Option(help="How log lines are written.")]
 Grace = Annotated[float, typer.Option(min=0, help="Seconds that a stop waits for running handlers.")]
 Child = Annotated[bool, typer.Option("--child", hidden=True)]
+Suspects = Annotated[str, typer.Option("--suspects", hidden=True)]
 
 
 def run(
@@ -49,6 +54,7 @@ def run(
     log_format: LogFormat = Format.text,
     grace: Grace = 30.0,
     child: Child = False,
+    suspects: Suspects = "",
 ) -> None:
     """Run the consumers of an app until SIGTERM or Ctrl-C; a second signal ends it at once, which is safe."""
     configure(log_format)
@@ -57,17 +63,42 @@ def run(
     _stop_with_parent()
     loaded = load(app)
     try:
-        feeds = prepare(loaded, _chosen(loaded, only))
+        feeds = prepare(loaded, _chosen(loaded, only), brokers=not suspects)
     except (IdemqError, Failure) as error:  # nothing of this is mended by starting the process again
         raise SetupError(str(error).replace(" APP`", f" {app}`")) from None
-    worker = Worker([(feed, loaded.engine_for(feed.consumer)) for feed in feeds])
-    _stop_on_signals(worker)
+    pairs = [(feed, loaded.engine_for(feed.consumer)) for feed in feeds]
+    if suspects:
+        _run_suspects(pairs, bytes.fromhex(suspects), grace)
+    else:
+        _run_worker(pairs, grace, Isolation(app, log_format.value, grace))
+
+
+def _run_worker(pairs: Pairs, grace: float, isolation: Isolation) -> None:
+    worker = Worker(pairs, isolation)
+    _stop_on_signals(worker.stop)
     ended = worker.run(grace, lambda: log.info("started, process %d", os.getpid()))
+    isolation.close()
     if not ended:
         log.warning("a handler did not end within %.0f s: ending the process; its message comes again", grace)
         os._exit(1)
+    if isinstance(worker.failure, SetupError):
+        raise worker.failure
     if worker.failure is not None:
         raise Failure(str(worker.failure))
+
+
+def _run_suspects(pairs: Pairs, owner: bytes, grace: float) -> None:
+    stopping = threading.Event()
+
+    def stop() -> None:
+        stopping.set()
+        end = threading.Timer(grace, os._exit, (1,))
+        end.daemon = True
+        end.start()
+
+    _stop_on_signals(stop)
+    log.info("started for suspects, process %d", os.getpid())
+    Quarantine(pairs, owner, stopping).run()
 
 
 def _chosen(app: App, only: list[str] | None) -> list[Declared]:
@@ -80,14 +111,14 @@ def _chosen(app: App, only: list[str] | None) -> list[Declared]:
     return [declared for name, declared in app.consumers.items() if not only or name in only]
 
 
-def prepare(app: App, chosen: list[Declared]) -> list[Feed]:
+def prepare(app: App, chosen: list[Declared], *, brokers: bool = True) -> list[Feed]:
     """Check tables, names and brokers, waiting for servers that do not answer yet.
 
     Raises `SetupError`, `SchemaError` or `Failure` for what waiting does not mend.
     """
     refuse_small_pools(app, chosen)
     trigger = _patiently(lambda: with_connection(app, lambda connection: _check_tables(app, connection)))
-    return [_feed(app, declared, trigger) for declared in chosen]
+    return [_feed(app, declared, trigger, brokers=brokers) for declared in chosen]
 
 
 def refuse_small_pools(app: App, chosen: list[Declared]) -> None:
@@ -113,9 +144,12 @@ def refuse_small_pools(app: App, chosen: list[Declared]) -> None:
             )
 
 
-def _feed(app: App, declared: Declared, trigger: bool) -> Feed:
+def _feed(app: App, declared: Declared, trigger: bool, *, brokers: bool) -> Feed:
     consumer, source = declared.consumer, declared.source
     number = _patiently(lambda: _register(app, declared))
+    feed = Feed(consumer, source, declared.concurrency, declared.prefetch, number, trigger)
+    if not brokers:
+        return feed
     try:
         warnings = _patiently(source.check)
     except SetupError as error:
@@ -130,7 +164,7 @@ def _feed(app: App, declared: Declared, trigger: bool) -> Feed:
     )
     for warning in warnings:
         log.warning("%s: %s: %s", consumer.name, source.description, warning)
-    return Feed(consumer, source, declared.concurrency, declared.prefetch, number, trigger)
+    return feed
 
 
 def _check_tables(app: App, connection: Connection) -> bool:
@@ -164,7 +198,7 @@ def _patiently(call: Callable[[], Result]) -> Result:
     )(call)
 
 
-def _stop_on_signals(worker: Worker) -> None:
+def _stop_on_signals(stop_in_order: Callable[[], None]) -> None:
     """The first SIGTERM or SIGINT stops in order; the second ends the process at once."""
     signalled: list[int] = []  # no lock: the handler may interrupt itself
 
@@ -172,11 +206,11 @@ def _stop_on_signals(worker: Worker) -> None:
         if signalled:
             os._exit(128 + number)
         signalled.append(number)
-        worker.stop()
+        stop_in_order()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGHUP, lambda *_: worker.stop())
+    signal.signal(signal.SIGHUP, lambda *_: stop_in_order())
 
 
 def _stop_with_parent() -> None:

@@ -19,7 +19,7 @@ log = logging.getLogger("idemq.run")
 #: A child that lived shorter than this many seconds is started again after a growing delay.
 SHORT_LIFE = 10.0
 #: The longest such delay, in seconds.
-MAX_DELAY = 30.0
+MAX_DELAY = 5.0
 #: The exit code of a child that cannot start because of how the app is set up: starting it again is useless.
 SETUP_ERROR = 2
 
