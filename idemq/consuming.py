@@ -63,8 +63,7 @@ class ConsumerWorker:
         self._isolation = isolation
         self._clock = clock
         self._lock = threading.Lock()
-        self._stopping = False
-        self._told = float("-inf")
+        self._stopping, self._told = False, float("-inf")
         self._unjudged = self._looks = 0
         #: Keys being worked on here, each with the copies that wait for it: they never reach the database.
         self._in_flight: dict[bytes, list[Item]] = {}
