@@ -12,6 +12,7 @@ from idemq.errors import (
     NoId,
     NotSettled,
     Reject,
+    RetryLater,
     SchemaError,
     SetupError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "NoId",
     "NotSettled",
     "Reject",
+    "RetryLater",
     "SchemaError",
     "SetupError",
     "claim",
