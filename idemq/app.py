@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from functools import partial
 from typing import Any, Literal, Never, TypeVar
 from uuid import UUID
 
-from sqlalchemy import URL, Engine, StaticPool, create_engine, event, make_url
-from sqlalchemy.exc import DisconnectionError
+from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from tenacity import BaseRetrying
 
 from idemq import drivers
 from idemq.broker import Source
-from idemq.declared import Consumer, fingerprint_by
+from idemq.declared import Consumer, fingerprint_by, key_by
+from idemq.engines import parsed, prepare, refuse_unsafe, watch_forks
 from idemq.errors import SetupError
 from idemq.failures import MAX_KEPT
 from idemq.handlers import Handler, read
@@ -30,11 +28,11 @@ from idemq.sessions import Maker, Sessions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: Why a SQLite database must be a file.
-MEMORY = "a :memory: database or a StaticPool gives all threads one transaction; use a SQLite file"
+#: What `consumer` is given beside options.
+_NO_OPTIONS = ("self", "name", "source", "unknown")
 
 #: Options that the path of a message knows under the same name.
-_PASSED = ("wait", "strict", "deadline", "max_crashes", "undated", "max_kept")
+_PASSED = ("wait", "strict", "deadline", "max_crashes", "undated", "max_kept", "ordered", "hold_dead")
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}\Z")
 
@@ -82,19 +80,19 @@ class App:
         elif isinstance(database, Engine):
             self._engine = database
         else:
-            self._url = _parsed(database)
+            self._url = parsed(database)
         for engine in (self._engine, self._async_engine):
             if engine is not None:
-                _refuse_unsafe(engine)
-                _watch_forks(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
+                refuse_unsafe(engine)
+                watch_forks(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
 
     @property
     def engine(self) -> Engine | None:
         """The sync engine, from a URL made when first asked for; None when there is no driver for it."""
         if self._engine is None and self._url is not None and self._installed(asynchronous=False):
             self._engine = create_engine(drivers.url_for(self._url, asynchronous=False), max_overflow=-1)
-            _refuse_unsafe(self._engine)
-            _prepare(self._engine)
+            refuse_unsafe(self._engine)
+            prepare(self._engine)
         return self._engine
 
     @property
@@ -103,8 +101,8 @@ class App:
         if self._async_engine is None and self._url is not None and self._installed(asynchronous=True):
             url = drivers.url_for(self._url, asynchronous=True)
             self._async_engine = create_async_engine(url, max_overflow=-1)
-            _refuse_unsafe(self._async_engine)
-            _prepare(self._async_engine.sync_engine)
+            refuse_unsafe(self._async_engine)
+            prepare(self._async_engine.sync_engine)
         return self._async_engine
 
     def _installed(self, *, asynchronous: bool) -> bool:
@@ -138,6 +136,9 @@ class App:
         max_crashes: int = 3,
         undated: Literal["run", "park"] = "run",
         max_kept: int = MAX_KEPT,
+        ordered: bool = False,
+        key: str | Callable[[Message], object] | None = None,
+        hold_dead: bool = False,
         **unknown: Never,
     ) -> Callable[[Function], Function]:
         """Declare the decorated function as the handler of `source`; it is given back unchanged.
@@ -159,21 +160,14 @@ class App:
         message that does not say when it was sent is run, or becomes a dead letter ("park").
         `max_kept`: the largest message, in bytes, that is parked or made a dead letter; one that is larger
         stops the consumer instead.
+
+        `ordered`: one message of a key at a time, in the order in which they came, over retries, rebalances
+        and frozen workers; what follows a parked message is parked behind it. The key is Kafka's record key,
+        or what `key` says: a header name or a function of the message; those without one are in order with
+        each other. `hold_dead`: a dead letter holds what follows it of its key, until it is retried or
+        dropped.
         """
-        given = {
-            "id": id,
-            "fingerprint": fingerprint,
-            "concurrency": concurrency,
-            "prefetch": prefetch,
-            "wait": wait,
-            "strict": strict,
-            "known_as": known_as,
-            "retry": retry,
-            "deadline": deadline,
-            "max_crashes": max_crashes,
-            "undated": undated,
-            "max_kept": max_kept,
-        }
+        given = {option: each for option, each in locals().items() if option not in _NO_OPTIONS}
         check(name, unknown, given)
         self._check_name(name)
         if not hasattr(source, "subscribe"):
@@ -185,12 +179,18 @@ class App:
         options: dict[str, Any] = {option: given[option] for option in _PASSED}
         if given["fingerprint"] is not True:
             options["fingerprint"] = fingerprint_by(name, given["fingerprint"])
+        if given["ordered"]:
+            try:
+                source.orders()
+            except SetupError as error:
+                raise SetupError(f"consumer {name!r}: ordered=True: {error}") from None
         rule, before, concurrency = given["id"], given["known_as"], given["concurrency"]
         consumer = Consumer(
             name=name,
             handler=self._handler(name, function),
             id=(rule,) if isinstance(rule, str) else rule,
             policy=policy(name, given["retry"]),
+            key=key_by(name, given["key"]),
             schema=self.schema,
             sessions=self.sessions,
             parks=True,
@@ -228,72 +228,3 @@ class App:
         raise SetupError(
             f"consumer {name!r}: its handler is {kind}, but the app has no {kind} engine: {other}"
         )
-
-
-def _parsed(database: str | URL) -> URL:
-    """The URL, once at least one of the drivers for its database is known to be installed."""
-    try:
-        url = make_url(database)
-    except Exception:
-        raise SetupError("App(url): not a database URL such as postgresql+psycopg://host/db") from None
-    if _in_memory(url):
-        raise SetupError(MEMORY)
-    try:
-        drivers.require(drivers.url_for(url, asynchronous=False))
-    except SetupError:
-        drivers.require(drivers.url_for(url, asynchronous=True))
-    return url
-
-
-def _refuse_unsafe(engine: Engine | AsyncEngine) -> None:
-    asynchronous = isinstance(engine, AsyncEngine)
-    sync = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-    url = engine.url.set(drivername=f"{engine.dialect.name}+{engine.dialect.driver}")
-    if drivers.url_for(url, asynchronous=asynchronous).drivername != url.drivername:
-        right = "create_async_engine" if not asynchronous else "create_engine"
-        raise SetupError(f"the driver of {url.drivername} needs an engine by {right}")
-    level = sync.get_execution_options().get("isolation_level") or getattr(
-        sync.dialect, "_on_connect_isolation_level", None
-    )
-    if str(level).upper() == "AUTOCOMMIT":
-        raise SetupError(
-            "the engine's isolation level is AUTOCOMMIT: claim and work would not commit together; "
-            "give idemq an engine without it"
-        )
-    if _in_memory(url) or isinstance(sync.pool, StaticPool):
-        raise SetupError(MEMORY)
-
-
-def _in_memory(url: URL) -> bool:
-    named = url.database or ":memory:"
-    memory = ":memory:" in named or "mode=memory" in named or url.query.get("mode") == "memory"
-    return url.get_backend_name() == "sqlite" and memory
-
-
-def _watch_forks(engine: Engine) -> None:
-    """A connection that a forked child inherited is left alone there: two processes would mix its answers."""
-
-    @event.listens_for(engine, "connect")
-    def _connect(_connection: object, record: ConnectionPoolEntry) -> None:
-        record.info["idemq_process"] = os.getpid()
-
-    @event.listens_for(engine, "checkout")
-    def _checkout(_connection: object, record: ConnectionPoolEntry, fairy: PoolProxiedConnection) -> None:
-        if record.info.setdefault("idemq_process", os.getpid()) != os.getpid():
-            record.dbapi_connection = fairy.dbapi_connection = None  # type: ignore[misc]  # as its docs say
-            raise DisconnectionError("the connection belongs to the process that was forked")
-
-
-def _prepare(engine: Engine) -> None:
-    """Settings of our own engines: SQLite with write-ahead log and full durability."""
-    _watch_forks(engine)
-    if engine.dialect.name != "sqlite":
-        return
-
-    @event.listens_for(engine, "connect")
-    def _connect(connection: Any, _record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA busy_timeout = 30000")
-        cursor.execute("PRAGMA journal_mode = WAL")
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.close()

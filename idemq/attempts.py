@@ -242,14 +242,21 @@ class AsyncUnit:
 
 
 async def _within(call: Awaitable[object], deadline: float) -> object:
-    """Cancels what runs longer, and tells it from a time-out of the handler's own."""
+    """Cancels what runs longer, and tells it from a time-out of the handler's own.
+
+    Whatever a handler makes of its cancellation: drivers make errors of it, and some swallow it.
+    """
+    result, error = None, None
     try:
         async with asyncio.timeout(deadline) as limit:
-            return await call
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise DeadlinePassed(f"the handler ran longer than its {deadline} s") from None
+            result = await call
+    except Exception as raised:
+        error = raised
+    if limit.expired():
+        raise DeadlinePassed(f"the handler ran longer than its {deadline} s") from error
+    if error is not None:
+        raise error
+    return result
 
 
 def _cancelling() -> bool:

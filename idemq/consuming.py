@@ -22,18 +22,13 @@ from idemq.broker import Delivery, Subscription
 from idemq.failures import FAILED, JUDGED_BAD, RELEASED, SUSPECT, Job, Outcome
 from idemq.lanes import AsyncLane, Feed, Isolation, Item, Kept, Lane, Look, Suspicion, pause
 from idemq.message import Ack, Dead, Parked, Release, Verdict
+from idemq.ordering import Keys
 from idemq.outage import Outage
 from idemq.overtime import Timed
 from idemq.packing import shown
-from idemq.parking import LEASE_ALONE, Found
+from idemq.parking import KEEP, LEASE_ALONE, LOOK_EVERY, Found
 
 log = logging.getLogger("idemq.worker")
-
-#: How often the database is asked for parked messages that are due, in seconds.
-LOOK_EVERY = 1.0
-
-#: How long a message whose twin is in flight is kept before it is parked, in seconds.
-KEEP = 10.0
 
 #: So many messages in a row that cannot be judged stop the consumer: its producer is wrong, not its messages.
 UNJUDGED = 20
@@ -69,6 +64,7 @@ class ConsumerWorker:
         self._in_flight: dict[bytes, list[Item]] = {}
         self._kept: set[Item] = set()  # their twins are in flight elsewhere
         self._outage = Outage()
+        self._keys = Keys(feed.consumer.lane if feed.consumer.ordered else None)
         self._timed = Timed(self.name)
         self._suspicion = Suspicion(feed.concurrency)
         if isinstance(engine, AsyncEngine):
@@ -82,13 +78,13 @@ class ConsumerWorker:
         clock.later(0.0, self._tick)
 
     def _deliver(self, deliveries: Sequence[Delivery]) -> None:
-        self._lanes.put([Item(delivery) for delivery in deliveries])
+        self._lanes.put(self._keys.admit([Item(delivery) for delivery in deliveries]))
 
     def take(self, item: Item) -> Job | None:
         """The job to attempt now, or None when this is not the time or not our message any more."""
         if self._stopping or not item.delivery.start():
             item.delivery.drop()
-            self._lanes.put(self._outage.over(item, answered=False))
+            self._lanes.put(self._outage.over(item, answered=False) + self._keys.settled(item))
             return None
         if item.job is None:
             message, consumer = item.delivery.message, self.feed.consumer
@@ -96,13 +92,13 @@ class ConsumerWorker:
         if self._outage.holds(item):
             item.delivery.rest()
             return None
+        key = item.job.key if item.job.row is None else None
         with self._lock:
-            key = item.job.key if item.job.row is None else None
+            if key is not None and (waiting := self._in_flight.get(key)) is not None:
+                item.delivery.rest()
+                waiting.append(item)
+                return None
             if key is not None:
-                if (waiting := self._in_flight.get(key)) is not None:
-                    item.delivery.rest()
-                    waiting.append(item)
-                    return None
                 self._in_flight[key] = []
         if self.feed.consumer.deadline is not None:
             self._timed.begin(item)
@@ -119,6 +115,8 @@ class ConsumerWorker:
                 self._kept.discard(item)
         if self.feed.consumer.deadline is not None:
             self._timed.end(item)
+        if not isinstance(verdict, Release):
+            waiting = waiting + self._keys.settled(item)
         if waiting:
             self._lanes.put(waiting)
 
@@ -285,6 +283,8 @@ class ConsumerWorker:
         self._stopping = True
         self.subscription.pause()
         self._lanes.stop(lambda item: item.delivery.drop() if isinstance(item, Item) else None)
+        for item in self._keys.clear():
+            item.delivery.drop()
 
     def close(self, grace: float) -> bool:
         """Wait for the attempts under way, settle, and leave. False: an attempt did not end in time."""

@@ -11,7 +11,7 @@ from idemq.errors import BadMessage, SetupError
 from idemq.failures import MAX_KEPT, Job, Outcome
 from idemq.handlers import Handler
 from idemq.ledger import WAIT
-from idemq.message import IdRule, Message, fingerprint_of, key_of, message_id
+from idemq.message import IdRule, Message, fingerprint_of, key_of, lane_of, message_id
 from idemq.retry import Policy
 from idemq.sessions import Sessions
 
@@ -40,6 +40,11 @@ class Consumer:
     undated: Literal["run", "park"] = "run"
     #: The largest message that is parked or made a dead letter, in bytes.
     max_kept: int = MAX_KEPT
+    #: One message of a key at a time, in order; by this key, and None for those without one.
+    ordered: bool = False
+    key: Callable[[Message], str | bytes | None] = lambda message: message.key
+    #: A dead letter holds what comes after it of its key.
+    hold_dead: bool = False
     schema: str | None = None
     sessions: Sessions
 
@@ -50,6 +55,8 @@ class Consumer:
             if message.id != identifier:
                 message = replace(message, id=identifier)
             job = Job(message, key_of(identifier), self.fingerprint(message))
+            if self.ordered:
+                job.lane = lane_of(message, self.key(message))
             job.bad = BadMessage(message.unreadable) if message.unreadable else None
         except BaseException as error:  # also from the user's id= and fingerprint= functions
             if not isinstance(error, Exception) and not self.parks:
@@ -60,6 +67,13 @@ class Consumer:
             job.outcome = Outcome(getattr(job.bad, "reason", "unreadable"), job.bad)
         return job
 
+    def lane(self, message: Message) -> bytes:
+        """Never raises; a message whose key cannot be told is buried by `job`."""
+        try:
+            return lane_of(message, self.key(message))
+        except Exception:
+            return lane_of(message, None)
+
     def suspect(self, message: Message) -> Job:
         """The job of a message that may have ended the process that had it: it is parked, and not decoded."""
         job = self.job(message)
@@ -67,6 +81,22 @@ class Consumer:
         if self.parks and job.outcome is None and small:
             job.outcome = Outcome(failures.SUSPECT, None, 0.0)
         return job
+
+
+def key_by(
+    name: str, rule: str | Callable[[Message], object] | None
+) -> Callable[[Message], str | bytes | None]:
+    """What a consumer's `key=` means: a header, a function of the message, or the record's own key."""
+    if rule is None:
+        return lambda message: message.key
+    if not isinstance(rule, str) and not callable(rule):
+        raise SetupError(f"consumer {name!r}: key= takes a header name or a function of the message")
+
+    def key(message: Message) -> str | bytes | None:
+        found = message.headers.get(rule) if isinstance(rule, str) else rule(message)
+        return found if isinstance(found, str | bytes | None) else str(found)
+
+    return key
 
 
 def fingerprint_by(

@@ -33,12 +33,18 @@ TOO_OLD, UNDATED = "too old", "undated"
 JUDGED_BAD = ("no id", "unreadable", TOO_OLD, UNDATED)
 #: Reasons for which a row waits.
 FAILED, LATER, SUSPECT, RELEASED = "failed", "later", "suspect", "released"
+#: Waits behind another one of its key.
+BEHIND = "behind"
 
 #: The largest message that is written down unless the consumer says otherwise, body and headers, in bytes.
 MAX_KEPT = 16 * 1024 * 1024
 
 #: Headers that the broker changes from delivery to delivery.
 _PER_DELIVERY = ("x-delivery-count", "x-death", "x-acquired-count")
+
+#: Bytes that MySQL's drivers write as two, and what an INSERT takes beside the message.
+_ESCAPED = tuple(bytes([each]) for each in b"\x00\n\r\x1a\"'\\")
+_SPARE = 256 * 1024
 
 
 class TooLarge(IdemqError):
@@ -81,12 +87,16 @@ class Job:
     outcome: Outcome | None = None
     #: Where the message comes from when it was parked.
     row: Row | None = None
+    #: What keeps it in order with others, for a consumer that asked for that.
+    lane: bytes | None = None
     #: Claims that this delivery's attempts wrote and that idemq did not commit.
     tokens: set[str | bytes] = field(default_factory=set)
     #: Attempts that the handler failed, also those before it was parked.
     failures: int = 0
     #: Deadlocks and the like in a row, which are not counted as failures until there are too many.
     contended: int = 0
+    #: Connections that were lost while its handler ran.
+    lost: int = 0
     #: When the handler must be done, and when the first attempt began, on the monotonic clock.
     deadline: float | None = None
     began: float = field(default_factory=monotonic)
@@ -128,13 +138,34 @@ def put(
         outcome = _broke(outcome)
         owns = True
         changes = _changes(job, outcome, now) | {"owns_claim": True, "identity": job.key}
+    if owns and job.lane is not None and _took_over(connection, table, consumer, job, changes):
+        return outcome.verdict()
     if not owns:
         changes |= {"owns_claim": False, "identity": _identity(job)}
     if _counted_as_copy(connection, table, consumer, changes["identity"], now):
         return outcome.verdict()
-    whole = {**changes, **_message(job, limit), "fingerprint": job.fingerprint, "first_at": now}
-    connection.execute(insert(table).values(pk=uuid4().bytes, consumer=consumer, **whole))
+    _insert(connection, ledger, table, job, {**changes, "consumer": consumer, "first_at": now}, limit)
     return outcome.verdict()
+
+
+def _insert(
+    connection: Connection, ledger: Ledger, table: Table, job: Job, values: dict[str, Any], limit: int
+) -> None:
+    kept = _message(job)
+    if job.row is None:  # else nobody else has it any more
+        _refuse_too_large(connection, ledger.kind, kept, limit)
+    whole = {**values, **kept, "fingerprint": job.fingerprint}
+    connection.execute(insert(table).values(pk=uuid4().bytes, **whole))
+
+
+def _took_over(
+    connection: Connection, table: Table, consumer: int, job: Job, changes: dict[str, Any]
+) -> bool:
+    """Somebody else, who could not wait for our claim, has parked it without one: that row keeps its place
+    before those that came after it."""
+    same = (table.c.consumer == consumer) & (table.c.identity == _identity(job))
+    waits = (table.c.state == WAITING) & ~table.c.owns_claim
+    return connection.execute(update(table).where(same, waits).values(changes)).rowcount > 0
 
 
 def mine(table: Table, row: Row) -> Any:
@@ -161,37 +192,50 @@ def _counted_as_copy(
 
 def _changes(job: Job, outcome: Outcome, now: datetime) -> dict[str, Any]:
     waits = outcome.delay is not None
-    return {
+    changes = {
         "state": WAITING if waits else DEAD,
         "reason": outcome.reason,
         "not_before": now + timedelta(seconds=outcome.delay) if outcome.delay is not None else None,
         "attempts": job.failures,
-        # Begun by an earlier delivery, of which nobody knows how it ended.
-        "starts": 1 if outcome.reason == SUSPECT else 0,
         "alone": False,
         "owner": None,
         "lease_until": None,
         "error": error_text(outcome.error) if outcome.error is not None else None,
         "last_at": now,
     }
+    if outcome.reason != RELEASED:  # that was not begun at all, so what is known of it stays
+        # Of a suspect an earlier delivery was begun, and nobody knows how that ended.
+        changes["starts"] = 1 if outcome.reason == SUSPECT else 0
+    return changes
 
 
-def _message(job: Job, limit: int) -> dict[str, Any]:
+def _message(job: Job) -> dict[str, Any]:
     message = job.message
     properties = _properties(message)
     if job.key is not None:
         properties["judged"] = True  # the id is the one that the consumer's rule found
-    kept: dict[str, Any] = {
+    return {
         "sent_at": message.sent_at,
+        "lane": job.lane,
         "body": message.body,
         "headers": packed(message.headers),
         "properties": packed(properties),
         "origin": packed(message.origin),
     }
-    size = len(message.body or b"") + len(kept["headers"]) + len(kept["properties"])
+
+
+def _refuse_too_large(connection: Connection, kind: str, kept: dict[str, Any], limit: int) -> None:
+    parts = [part for part in kept.values() if isinstance(part, bytes)]
+    size = sum(map(len, parts))
     if size > limit:
         raise TooLarge(f"a message of {size} bytes cannot be written down: max_kept={limit}")
-    return kept
+    if kind not in ("mysql", "mariadb") or size < _SPARE:
+        return
+    # A larger statement ends the connection, which would pass for an outage, again and again. MariaDB 10.11
+    # takes statements of up to half of what it says.
+    packet = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+    if size + sum(part.count(each) for part in parts for each in _ESCAPED) + _SPARE > packet // 2:
+        raise TooLarge(f"a message of {size} bytes cannot be written down: max_allowed_packet={packet}")
 
 
 def _properties(message: Message) -> dict[str, Any]:

@@ -113,6 +113,7 @@ class Guard:
         self._claim: Claim | None = None
         self._broken: str | None = None
         self._suspect: str | None = None
+        self._seen: DBAPIError | None = None
         pooled = connection.connection
         self._shadows = self._make_shadows({pooled.dbapi_connection, pooled.driver_connection})
         self._user: object = self
@@ -134,7 +135,7 @@ class Guard:
 
     def lend(self, transaction: RootTransaction, claim: Claim) -> None:
         """From here to `verify` or `take_back`, the transaction is the handler's to use and not to end."""
-        self._broken = self._suspect = None
+        self._broken = self._suspect = self._seen = None
         self._transaction, self._claim = transaction, claim
         note_transaction(self._connection)
         if self._sentinel:
@@ -173,8 +174,13 @@ class Guard:
         if self._sentinel or self._strict or self._trigger:
             self._verify_strictly()
 
+    def saw(self, error: BaseException) -> bool:
+        """Whether `error` is the last one that the lent connection met."""
+        return error is self._seen
+
     def suspect(self, error: DBAPIError) -> None:
         """A database error is only a suspicion: the handler may have recovered by a savepoint of its own."""
+        self._seen = error
         if self._kind == "sqlite":  # ON CONFLICT ROLLBACK; later work would begin anew
             if not self._in_transaction():
                 self._broken = "a database error rolled the transaction back, and was swallowed"

@@ -59,6 +59,8 @@ class Item:
     delivery: Delivery
     job: Job | None = None
     releases: int = 0
+    #: Its key, while it is the one of its key that may be worked on, or waits to be.
+    lane: bytes | None = None
     #: Since when its twin is in flight elsewhere.
     kept_since: float | None = None
     #: It was said that it runs past its deadline.

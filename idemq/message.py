@@ -173,3 +173,14 @@ def fingerprint_of(body: bytes | None) -> int:
     """Four bytes of the body's BLAKE2b digest as a signed integer; a tombstone has its own."""
     data = b"\x00idemq tombstone" if body is None else body
     return int.from_bytes(blake2b(data, digest_size=4).digest(), "big", signed=True)
+
+
+def lane_of(message: Message, key: str | bytes | None) -> bytes:
+    """16 bytes for the key of a message; those without a key have one together, that of their queue or
+    partition."""
+    if key is None:
+        origin = message.origin
+        text = f"{origin.get('queue')} {origin.get('topic')} {origin.get('partition')}"
+        return blake2b(text.encode(), digest_size=16, person=b"idemq keyless").digest()
+    data = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
+    return blake2b(data, digest_size=16, person=b"idemq lane").digest()

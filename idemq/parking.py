@@ -12,12 +12,12 @@ from datetime import datetime, timedelta
 from time import monotonic
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, func, select, update
 
 from idemq import schema
 from idemq.drivers import begin
 from idemq.errors import Crashed
-from idemq.failures import WAITING, Job, Judge, Outcome, Row, message_of
+from idemq.failures import DEAD, WAITING, Job, Judge, Outcome, Row, message_of
 from idemq.ledger import Ledger
 from idemq.message import key_of
 from idemq.packing import unpacked
@@ -27,6 +27,15 @@ LEASE = 60.0
 
 #: The same for one that runs alone, which begins at once.
 LEASE_ALONE = 15.0
+
+#: How many messages of a key may be parked behind another; what comes then waits with the broker.
+MOST_BEHIND = 1000
+
+#: How often the database is asked for parked messages that are due, in seconds.
+LOOK_EVERY = 1.0
+
+#: How long a message whose twin is in flight is kept before it is parked, in seconds.
+KEEP = 10.0
 
 #: How many due rows are looked at in one transaction.
 LOOK = 50
@@ -43,10 +52,22 @@ class Found(NamedTuple):
 class Parking:
     """The parked messages of one consumer."""
 
-    def __init__(self, ledger: Ledger, consumer: int, judge: Judge, max_crashes: int) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        consumer: int,
+        judge: Judge,
+        max_crashes: int,
+        *,
+        ordered: bool = False,
+        hold_dead: bool = False,
+    ) -> None:
         self._ledger, self._consumer = ledger, consumer
         self._judge, self._max_crashes = judge, max_crashes
         self._table = schema.table("idemq_failed", ledger.schema)
+        self._ordered = ordered
+        #: States that hold what comes after them of the same key.
+        self._holding = (WAITING, DEAD) if hold_dead else (WAITING,)
 
     def look(
         self,
@@ -144,9 +165,34 @@ class Parking:
         )
         transaction.commit()
 
+    def behind(self, connection: Connection, lane: bytes) -> int:
+        """How many messages of a key are parked and hold what comes after them, up to `MOST_BEHIND`."""
+        table = self._table
+        held = (
+            (table.c.consumer == self._consumer) & (table.c.lane == lane) & table.c.state.in_(self._holding)
+        )
+        if connection.execute(select(table.c.seq).where(held).limit(1)).first() is None:
+            return 0
+        some = select(table.c.seq).where(held).limit(MOST_BEHIND).subquery()
+        return connection.scalar(select(func.count()).select_from(some)) or 0
+
     def _due(self, now: datetime) -> ColumnElement[bool]:
         table = self._table
-        return (table.c.consumer == self._consumer) & (table.c.state == WAITING) & (table.c.not_before <= now)
+        due = (table.c.consumer == self._consumer) & (table.c.state == WAITING) & (table.c.not_before <= now)
+        if not self._ordered:
+            return due
+        before = table.alias()
+        first = ~(
+            select(before.c.seq)
+            .where(
+                before.c.consumer == table.c.consumer,
+                before.c.lane == table.c.lane,
+                before.c.state.in_(self._holding),
+                before.c.seq < table.c.seq,
+            )
+            .exists()
+        )
+        return due & first
 
     def _ended(self, connection: Connection, seq: int, *, crashed: bool, now: datetime) -> None:
         table = self._table
@@ -169,6 +215,7 @@ class Parking:
             job = Job(message, key_of(message.id), row["fingerprint"])
         else:  # it had no usable id when it was buried; the consumer's rule may have been mended
             job = self._judge(message)
+        job.lane = row["lane"]
         job.row = Row(row["pk"], row["owner"], row["owns_claim"])
         job.failures = row["attempts"]
         job.began = monotonic() - max(0.0, (now - row["first_at"]).total_seconds())

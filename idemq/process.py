@@ -16,25 +16,27 @@ from typing import Any
 from sqlalchemy import Connection, delete
 from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from idemq import failures, schema
 from idemq.declared import Consumer
 from idemq.drivers import begin, is_contention, is_outage, is_transient, undo_before_close
 from idemq.errors import BadMessage, BrokeTransaction, DeadlinePassed, InFlight, Reject, RetryLater
-from idemq.failures import FAILED, LATER, Job, Outcome, Row, TooLarge
+from idemq.failures import FAILED, LATER, SUSPECT, Job, Outcome, Row, TooLarge
 from idemq.guard import Guard
 from idemq.ledger import Claim, Ledger
 from idemq.message import Ack, Release, Verdict
 from idemq.packing import words
-from idemq.parking import Found, Parking
+from idemq.parking import MOST_BEHIND, Found, Parking
 
 #: A failed message stays in the worker when it is tried again within so many seconds; else it is parked.
 SHORT = 1.0
 
 #: Deadlocks and the like that a message may meet in a row before they count as failures.
 CONTENDED = 20
+
+#: Connections that a message may lose while its handler runs: the next one is its own doing, and counts.
+LOST = 3
 
 #: Pruning forgets nothing that was sent less than so many seconds ago: no need to ask it.
 RECENT = 3600.0
@@ -55,7 +57,14 @@ class Unit:
         self._guard = Guard(connection, strict=consumer.strict, trigger=trigger)
         self._trigger = trigger
         #: The messages of this consumer that wait in the database.
-        self.parking = Parking(self._ledger, number, consumer.job, consumer.max_crashes)
+        self.parking = Parking(
+            self._ledger,
+            number,
+            consumer.job,
+            consumer.max_crashes,
+            ordered=consumer.ordered,
+            hold_dead=consumer.hold_dead,
+        )
         self._transaction: RootTransaction | None = None
         self._token: str | bytes = b""
         #: Something went wrong that may have left the connection in a state of its own.
@@ -67,21 +76,29 @@ class Unit:
         Raises database errors; nothing is settled then, and the unit is spoiled.
         """
         self._guard.hold()
-        if job.outcome is not None:
+        if job.outcome is not None and job.outcome.reason != SUSPECT:
             return self.put(job)
         assert job.key is not None
         self._transaction = begin(self.connection)
         claim = self._claim(job, job.key)
-        if claim.state == "fresh" and job.row is None and (reason := self._too_late(job)) is not None:
-            self._transaction.rollback()
+        owned = job.row is not None and job.row.owns_claim
+        if claim.state == "fresh" and not owned and (reason := self._too_late(job)) is not None:
             job.outcome = Outcome(reason)
-            return self.put(job)
-        if claim.state == "fresh":
+        if claim.state == "fresh" and job.outcome is None and job.row is None and job.lane is not None:
+            behind = self.parking.behind(self.connection, job.lane)
+            if behind >= MOST_BEHIND:
+                self._transaction.rollback()
+                return Release(f"{behind} messages of its key are parked before it")
+            job.outcome = Outcome(failures.BEHIND, None, 0.0) if behind else None
+        if claim.state == "fresh" and job.outcome is None:
+            job.deadline = monotonic() + self._consumer.deadline if self._consumer.deadline else None
             job.tokens.add(claim.token)
             self._token = claim.token
             self._guard.lend(self._transaction, claim)
             return None
         self._transaction.rollback()
+        if job.outcome is not None:
+            return self.put(job)
         if claim.state == "conflict":
             job.outcome = Outcome(failures.CONFLICT)
         elif claim.state == "duplicate" and (job.row is not None or claim.token in job.tokens):
@@ -163,13 +180,11 @@ class Unit:
             job.contended += 1
             delay = random.uniform(0.0, min(SHORT, 0.05 * 2**job.contended))
             return Outcome(LATER, error, delay, words(error))
-        if isinstance(error, DBAPIError | PoolTimeout) and is_outage(error) and not self._foreign(error):
-            return Release(words(error), outage=True)
+        if self._guard.saw(error) and is_outage(error):  # another database is the handler's own affair
+            job.lost += self.spoiled
+            if job.lost <= LOST:
+                return Release(words(error), outage=True)
         return self.failed(job, error)
-
-    def _foreign(self, error: BaseException) -> bool:
-        """A database that is not ours lost a connection: to the handler a failure like any other."""
-        return isinstance(error, DBAPIError) and error.connection_invalidated and not self.spoiled
 
     def failed(self, job: Job, error: BaseException) -> Outcome:
         """What becomes of an attempt that failed."""
