@@ -1,7 +1,14 @@
-"""`make prove`: kill loops on RabbitMQ and Kafka with PostgreSQL, also with the core broken on purpose.
+"""`make prove`: real processes on real servers, killed, poisoned and cut off; and the core broken on purpose.
 
-Exits with 1 when a message was lost or doubled, or when a broken core was not noticed. LONG=1 multiplies the
-figures by ten. SEED=n repeats a schedule, ONLY=Kafka runs one broker.
+kills     SIGKILLs at random while messages and copies arrive; also with a broken core, which must be noticed
+failures  the same with handlers that fail twice or reject, and with copies of 20 % of the messages
+poison    messages that end the process which works on them, in the handler or in the payload's decoder
+replay    messages that go dead for a reason, and get through with `idemq dead retry` once it is mended
+outage    PostgreSQL killed and away for a while, RabbitMQ restarted, while messages arrive
+
+Exits with 1 when a message was lost, doubled, wrongly dead or left waiting, or a broken core was not noticed.
+LONG=1 runs the full figures. SEED=n repeats a schedule. ONLY=Kafka runs one broker, ONLY=poison one
+scenario, ONLY="Kafka poison" one run. The history is left in `.prove/history.json`.
 """
 
 from __future__ import annotations
@@ -10,8 +17,8 @@ import json
 import os
 import shutil
 import sys
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,20 +29,23 @@ from rich.table import Table
 from sqlalchemy import URL, make_url
 
 from prove.brokers import Broker, Kafka, RabbitMQ
-from prove.controls import CONTROLS
-from prove.loop import Plan, Run
+from prove.outage import Outage, own_postgres, own_rabbitmq
+from prove.plans import SCENARIOS, Scene, scenes
 from tests import servers
 
-SHOWN = ("kills", "hits", "messages", "copies", "lost", "double", "torn", "dead", "leftovers")
+SHOWN = (
+    *("messages", "copies", "kills", "hits", "lost", "double", "torn", "stray"),
+    *("dead", "blamed", "spared", "parked", "leftovers"),
+)
+
+Show = Callable[[Mapping[str, object]], None]
 
 
 def main() -> None:
     console = Console()
-    only = os.environ.get("ONLY", "")
-    times = 10 if os.environ.get("LONG") == "1" else 1
-    seed = int(os.environ.get("SEED", "1"))
     home = Path(os.environ.get("PROVE_HOME", ".prove")).resolve()
     shutil.rmtree(home, ignore_errors=True)
+    home.mkdir(parents=True)
     history: list[dict[str, Any]] = []
     with ExitStack() as stack:
         try:
@@ -44,72 +54,91 @@ def main() -> None:
                 "RabbitMQ": RabbitMQ(stack.enter_context(servers.server("rabbitmq"))),
                 "Kafka": Kafka(stack.enter_context(servers.server("kafka"))),
             }
+            for scene in _chosen(brokers):
+                history.append(_run(console, home, database, brokers[scene.broker], scene))
+                (home / "history.json").write_text(json.dumps(history, indent=1))
         except servers.Unavailable as reason:
             console.print(f"make prove needs real servers: {reason}")
             sys.exit(1 if servers.required() else 0)
-        for label, broker in brokers.items():
-            if only not in label:
-                continue
-            plan = _plan(broker, times, seed)
-            history.append(_run(console, home, database, label, broker, plan))
-            for control in CONTROLS:
-                small = replace(plan, messages=1500, kills=30, control=control)
-                history.append(_run(console, home, database, label, broker, small))
-    (home / "history.json").write_text(json.dumps(history, indent=1))
-    console.print(_table(history))
+    for broker in dict.fromkeys(entry["broker"] for entry in history):
+        console.print(_table(broker, [entry for entry in history if entry["broker"] == broker]))
+    sys.exit(0 if _proven(console, history) else 1)
+
+
+def _chosen(brokers: dict[str, Broker]) -> list[Scene]:
+    only = os.environ.get("ONLY", "")
+    every = scenes(brokers, int(os.environ.get("SEED", "1")), long=os.environ.get("LONG") == "1")
+    chosen = [scene for scene in every if only in scene.label]
+    if not chosen:
+        sys.exit(f"ONLY={only}: there is no such run")
+    return chosen
+
+
+def _run(console: Console, home: Path, database: URL, broker: Broker, scene: Scene) -> dict[str, Any]:
+    with console.status(scene.label) as status:
+
+        def show(facts: Mapping[str, object]) -> None:
+            status.update(f"{scene.label}: {', '.join(f'{name} {fact}' for name, fact in facts.items())}")
+
+        play = _play_outage if SCENARIOS[scene.scenario] is Outage else _play
+        verdict = play(scene, broker, database, home / uuid4().hex[:8], show)
+    known = {"broker": scene.broker, "scenario": scene.scenario, "control": scene.plan.control}
+    more = {name: value for name, value in verdict.items() if name not in SHOWN}
+    console.print(f"{scene.label}: {', '.join(f'{name} {value}' for name, value in more.items())}")
+    return {**known, "seed": scene.plan.seed, **verdict}
+
+
+def _play(scene: Scene, broker: Broker, server: URL, directory: Path, show: Show) -> dict[str, Any]:
+    with _database(server) as database:
+        return SCENARIOS[scene.scenario](scene.plan, broker, database, directory, show).execute()
+
+
+def _play_outage(scene: Scene, _broker: Broker, _server: URL, directory: Path, show: Show) -> dict[str, Any]:
+    with (
+        own_postgres() as (postgres, server),
+        own_rabbitmq() as (rabbitmq, url),
+        _database(server) as database,
+    ):
+        outage = Outage(scene.plan, RabbitMQ(url), database, directory, show)
+        outage.postgres, outage.rabbitmq = postgres, rabbitmq
+        return outage.execute()
+
+
+@contextmanager
+def _database(server: URL) -> Iterator[URL]:
+    name = f"prove_{uuid4().hex[:8]}"
+    admin = server.set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    try:
+        yield server.set(database=name)
+    finally:
+        with psycopg.connect(admin, autocommit=True) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+def _table(broker: str, entries: list[dict[str, Any]]) -> Table:
+    """One column for each run: it stays readable in 80 columns."""
+    table = Table("", *(entry["scenario"] for entry in entries), title=f"{broker}, PostgreSQL")
+    table.add_row("core", *(f"broken: {e['control']}" if e["control"] else "idemq" for e in entries))
+    for name in SHOWN:
+        table.add_row(name, *(f"{entry[name]:,}" for entry in entries))
+    table.add_row("verdict", *("red" if entry["red"] else "green" for entry in entries))
+    return table
+
+
+def _proven(console: Console, history: list[dict[str, Any]]) -> bool:
     wrong = [entry for entry in history if entry["red"] != bool(entry["control"])]
     for entry in wrong:
-        what = "a broken core was not noticed" if entry["control"] else "messages were lost or doubled"
-        console.print(f"WRONG: {entry['broker']} {entry['control']}: {what}")
-    messages, kills = (sum(e[key] for e in history if not e["control"]) for key in ("messages", "kills"))
-    console.print(
-        f"0 failures in {messages:,} messages bounds the rate below {3 / messages:.1e} a message, and in "
-        f"{kills:,} kills below {3 / kills:.1e} a kill (95 %)."
-        if not wrong
-        else "not proven"
-    )
-    sys.exit(1 if wrong else 0)
-
-
-def _plan(broker: Broker, times: int, seed: int) -> Plan:
-    if broker.kills_all:
-        return Plan(20_000 * times, 300 * times, workers=3, after=(0.0, 0.6), seed=seed)
-    return Plan(20_000 * times, 300 * times, workers=5, after=(0.0, 0.3), seed=seed)
-
-
-def _run(
-    console: Console, home: Path, database: URL, label: str, broker: Broker, plan: Plan
-) -> dict[str, Any]:
-    what = f"{label}{', ' + plan.control if plan.control else ''}"
-    name = f"prove_{uuid4().hex[:8]}"
-    admin = database.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(admin, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-        try:
-            with console.status(what) as status:
-                run = Run(
-                    plan,
-                    broker,
-                    database.set(database=name),
-                    home / name,
-                    show=lambda facts: status.update(f"{what}: {facts}"),
-                )
-                verdict = run.execute()
-        finally:
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    entry = {"broker": label, "control": plan.control, "seed": plan.seed, **verdict}
-    console.print(f"{what}: {'red' if verdict['red'] else 'green'} after {verdict['seconds']} s")
-    return entry
-
-
-def _table(history: list[dict[str, Any]]) -> Table:
-    """One column for each run: it stays readable in 80 columns."""
-    table = Table("", *(entry["broker"] for entry in history), title="SIGKILLs, PostgreSQL")
-    table.add_row("core", *(f"broken: {e['control']}" if e["control"] else "idemq" for e in history))
-    for name in SHOWN:
-        table.add_row(name, *(f"{entry[name]:,}" for entry in history))
-    table.add_row("verdict", *("red" if entry["red"] else "green" for entry in history))
-    return table
+        what = "a broken core was not noticed" if entry["control"] else "something is not as it should be"
+        console.print(f"WRONG: {entry['broker']} {entry['scenario']} {entry['control']}: {what}")
+    if wrong:
+        return False
+    whole = [entry for entry in history if not entry["control"]]
+    for what, name in (("messages", "messages"), ("kills", "kills")):
+        if count := sum(entry[name] for entry in whole):
+            console.print(f"0 failures in {count:,} {what} bounds the rate below {3 / count:.1e} (95 %)")
+    return True
 
 
 if __name__ == "__main__":

@@ -2,10 +2,20 @@
 
     python -m prove.checker PUBLISHED DATABASE [--left N]
 
-PUBLISHED lists the ids that the broker confirmed, one a line, copies included. Prints one JSON object:
-lost (published, no effect and no dead letter), double (more than one effect), torn (an effect without its
-claim, or a claim without its effect), dead (dead letters), stray (an effect of something never published),
-leftovers (transactions left open). Exits with 1 when anything is not as it should be.
+PUBLISHED lists the messages that the broker confirmed, one a line with its kind, copies included. Prints one
+JSON object:
+
+lost       published, no effect and no row in the table of failures
+double     more than one effect
+torn       an effect without its claim, or a claim with neither effect nor row
+stray      an effect of something never published
+dead       dead letters
+blamed     dead letters of messages that are not to die, with a wrong reason, or a second one of a message
+spared     messages that are to die, and have no dead letter or an effect
+parked     messages that still wait to be tried again
+leftovers  transactions left open, and messages that the broker still holds
+
+Exits with 1 when anything is not as it should be.
 """
 
 from __future__ import annotations
@@ -20,27 +30,43 @@ from uuid import UUID
 
 import psycopg
 
+#: The kinds of messages that are to die, and the reason that their dead letters give.
+DIE = {"rejected": "rejected", "exits": "crashed", "garbled": "crashed"}
 
-def judge(published: Counter[UUID], database: str) -> dict[str, Any]:
+WAITING, DEAD = 1, 2
+
+WRONG = ("lost", "double", "torn", "stray", "blamed", "spared", "parked", "leftovers")
+
+
+def judge(lines: list[tuple[UUID, str]], database: str) -> dict[str, Any]:
     with psycopg.connect(database) as connection:
         effects = Counter(row[0] for row in connection.execute("SELECT id FROM effects"))
         claims = {row[0] for row in connection.execute("SELECT id FROM idemq_processed")}
-        dead = {row[0] for row in connection.execute("SELECT identity FROM idemq_failed")}
+        rows = connection.execute("SELECT identity, state, reason FROM idemq_failed").fetchall()
         open_transactions = connection.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
             "AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
         ).fetchone()
     assert open_transactions is not None
-    expected = set(published)
+    kinds = dict(lines)
+    expected = set(kinds)
+    failed = {identity for identity, _, _ in rows}
+    letters = [(identity, reason) for identity, state, reason in rows if state == DEAD]
+    dead = Counter(identity for identity, _ in letters)
+    to_die = {identity for identity, kind in kinds.items() if kind in DIE}
     return {
         "messages": len(expected),
-        "copies": published.total() - len(expected),
+        "copies": len(lines) - len(expected),
         "effects": effects.total(),
-        "lost": len(expected - set(effects) - dead),
+        "lost": len(expected - set(effects) - failed),
         "double": sum(count > 1 for count in effects.values()),
-        "torn": len(set(effects) ^ (claims - dead)),
+        "torn": len(set(effects) - claims) + len(claims - set(effects) - failed),
         "stray": len(set(effects) - expected),
-        "dead": len(dead),
+        "dead": len(letters),
+        "blamed": sum(reason != DIE.get(kinds.get(identity, "")) for identity, reason in letters)
+        + sum(count - 1 for count in dead.values()),
+        "spared": len(to_die - set(dead)) + len(to_die & set(effects)),
+        "parked": sum(state == WAITING for _, state, _ in rows),
         "leftovers": open_transactions[0],
     }
 
@@ -51,12 +77,11 @@ def main() -> None:
     parser.add_argument("database")
     parser.add_argument("--left", type=int, default=0, help="messages that the broker still holds")
     arguments = parser.parse_args()
-    published = Counter(UUID(line) for line in arguments.published.read_text().split())
-    verdict = judge(published, arguments.database)
+    lines = [line.split() for line in arguments.published.read_text().splitlines()]
+    verdict = judge([(UUID(identifier), kind) for identifier, kind in lines], arguments.database)
     verdict["leftovers"] += arguments.left
     sys.stdout.write(json.dumps(verdict) + "\n")
-    wrong = ("lost", "double", "torn", "stray", "dead", "leftovers")
-    sys.exit(1 if any(verdict[name] for name in wrong) or not verdict["messages"] else 0)
+    sys.exit(1 if any(verdict[name] for name in WRONG) or not verdict["messages"] else 0)
 
 
 if __name__ == "__main__":

@@ -1,203 +1,105 @@
-"""One kill loop: publish, run workers, kill them at random, let the rest drain, and have it judged."""
+"""The kill loop: publish a share, kill a process at random, again and again, and let the rest drain."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import psycopg
-from sqlalchemy import URL
+from prove.stage import PATIENCE, Stage
 
-from idemq import migrate
-from idemq.app import App
-from prove.brokers import Broker
+#: The share of kills that wait until a handler runs in a victim, and for how many seconds at most.
+AIMED, AIM = 0.6, 1.0
 
-#: Seconds without any progress until a run is given up.
-PATIENCE = 90.0
+#: The share of kills that wait for a process that runs suspects to kill it, and for how many seconds at most.
+ALONE, APPEARS = 0.25, 8.0
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    messages: int
-    kills: int
-    workers: int
-    #: Seconds from the publishing of a share to the kill, at random from this range.
-    after: tuple[float, float]
-    seed: int
-    control: str = ""
+class KillLoop(Stage):
+    """Kills worker processes, and the processes that they start for suspects."""
 
-
-@dataclass(slots=True)
-class Run:
-    """One run of a plan, in a directory and a database of its own."""
-
-    plan: Plan
-    broker: Broker
-    database: URL
-    directory: Path
-    show: Callable[[dict[str, int]], None]
-    name: str = field(default_factory=lambda: f"prove-{uuid4().hex[:8]}")
-    kills: int = 0
-    hits: int = 0
-    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    def execute(self) -> dict[str, Any]:
-        """The checker's verdict, with the kills and how many of them hit a running handler."""
-        self._prepare()
-        try:
-            started = time.monotonic()
-            with self._publisher() as publishing:
-                orders = publishing.stdin
-                assert orders is not None
-                self._kill_many(lambda count: print(count, file=orders, flush=True))
-                orders.close()
-                if publishing.wait():
-                    raise RuntimeError("the publisher failed")
-            self._drain()
-            verdict = self._judge()
-            seconds = round(time.monotonic() - started, 1)
-            return {**verdict, "kills": self.kills, "hits": self.hits, "seconds": seconds}
-        finally:
-            for worker in self.workers:
-                worker.kill()
-            self.broker.remove(self.name)
-
-    def _prepare(self) -> None:
-        self.directory.mkdir(parents=True)
-        engine = App(self.database).engine
-        assert engine is not None
-        with engine.begin() as connection:
-            migrate.upgrade(connection)
-            connection.exec_driver_sql("CREATE TABLE effects (id uuid NOT NULL, worker int NOT NULL)")
-        engine.dispose()
-        self.broker.create(self.name)
-
-    @contextmanager
-    def _publisher(self) -> Iterator[subprocess.Popen[str]]:
-        arguments = [self.broker.url, self.name, str(self._published), str(self.plan.messages)]
-        command = [sys.executable, "-m", "prove.publisher", *arguments, str(self.plan.seed)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as publishing:
-            try:
-                yield publishing
-            finally:
-                publishing.kill()
-
-    @property
-    def _published(self) -> Path:
-        return self.directory / "published.log"
+    def play(self) -> dict[str, Any]:
+        self.supervised = False
+        self._chosen = random.Random(self.plan.seed)
+        self._kills = self._hits = self._alone = 0
+        with self.publisher() as publish:
+            self._kill_many(publish)
+        self.settle_down()
+        return {"kills": self._kills, "hits": self._hits, "alone": self._alone}
 
     def _kill_many(self, publish: Callable[[int], None]) -> None:
-        """Publish a share before each kill, and kill only workers that have begun to work on something."""
-        chosen = random.Random(self.plan.seed)
-        share = self.plan.messages // self.plan.kills
-        while self.kills < self.plan.kills:
+        """Publish a share before each kill, and kill only processes that have begun to work on something."""
+        share = max(1, self.plan.messages // self.plan.kills)
+        while self._kills < self.plan.kills:
             publish(share * (self.plan.workers if self.broker.kills_all else 1))
-            at_work = self._at_work()
-            time.sleep(chosen.uniform(*self.plan.after))
-            for victim in self.workers if self.broker.kills_all else [chosen.choice(at_work)]:
+            self._begun()
+            time.sleep(self._chosen.uniform(*self.plan.after))
+            alone = self._quarantined() if self._chosen.random() < ALONE else []
+            victims = self._all() if self.broker.kills_all else [self._chosen.choice(alone or self._begun())]
+            if self._chosen.random() < AIMED:
+                self._aim(victims)
+            for victim in victims:
                 self._kill(victim)
             self.broker.evict(self.name)
-            self.show({"kills": self.kills, "hits": self.hits})
+            self.show({"kills": self._kills, "hits": self._hits, "alone": self._alone})
 
-    def _at_work(self) -> list[subprocess.Popen[bytes]]:
-        """The workers that have called a handler; waits for the first one."""
+    def _all(self) -> list[int]:
+        """All workers; of their processes for suspects half, because the others stop by themselves then."""
+        alone = [victim for victim in self.suspects() if self._chosen.random() < 0.5]
+        return alone + [worker.pid for worker in self.workers]
+
+    def _quarantined(self) -> list[int]:
+        """The processes that have begun to run suspects; waits a while for the first one."""
+        end = time.monotonic() + APPEARS
+        while time.monotonic() < end:
+            self.staff()
+            if begun := [pid for pid in self.suspects() if self._calls(pid)]:
+                return begun
+            time.sleep(0.02)
+        return []
+
+    def _begun(self) -> list[int]:
+        """The processes that have called a handler; waits for the first one."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
-            self._staff()
-            files = {worker: self._busy(worker) for worker in self.workers}
-            if at_work := [worker for worker, file in files.items() if file.exists() and file.stat().st_size]:
-                return at_work
+            self.staff()
+            running = [worker.pid for worker in self.workers] + self.suspects()
+            if begun := [pid for pid in running if self._calls(pid)]:
+                return begun
             time.sleep(0.02)
         raise RuntimeError(f"no worker did anything for {PATIENCE:.0f} s; see {self.directory}/workers.log")
 
-    def _busy(self, worker: subprocess.Popen[bytes]) -> Path:
-        return self.directory / f"{worker.pid}.busy"
+    def _aim(self, victims: list[int]) -> None:
+        """Until one of them is in a handler, or for a moment."""
+        end = time.monotonic() + AIM
+        while time.monotonic() < end and not any(b"1" in self._calls(victim) for victim in victims):
+            time.sleep(0.001)
 
-    def _staff(self) -> None:
-        """Start a worker for each that is missing."""
-        self.workers = [worker for worker in self.workers if worker.poll() is None]
-        environment = {
-            **os.environ,
-            "PROVE_BROKER": self.broker.url,
-            "PROVE_NAME": self.name,
-            "PROVE_DATABASE": self.database.render_as_string(hide_password=False),
-            "PROVE_DIRECTORY": str(self.directory),
-            "PROVE_CONTROL": self.plan.control,
-        }
-        command = [sys.executable, "-m", "idemq", "run", "prove.shop:app", "--child"]
-        with (self.directory / "workers.log").open("ab") as log:
-            while len(self.workers) < self.plan.workers:
-                worker = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
-                )
-                self.workers.append(worker)
+    def _calls(self, pid: int) -> bytes:
+        """One byte for each thread that has called a handler: 1 in a call."""
+        try:
+            return self._busy(pid).read_bytes()
+        except FileNotFoundError:
+            return b""
 
-    def _kill(self, victim: subprocess.Popen[bytes]) -> None:
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-        self.kills += 1
-        busy = self._busy(victim)
-        if busy.exists():
-            self.hits += b"1" in busy.read_bytes()
-            busy.unlink()
+    def _busy(self, pid: int) -> Path:
+        return self.directory / f"{pid}.busy"
 
-    def _drain(self) -> None:
-        """Let living workers finish what is left, and stop them in order.
-
-        Again where they gave something back when they stopped: copies that nobody had begun.
-        """
-        for _ in range(5):
-            self._settle_down()
-            for worker in self.workers:
-                worker.send_signal(signal.SIGTERM)
-            for worker in self.workers:
-                worker.wait(60)
-            if self.broker.left(self.name) == 0:
-                return
-
-    def _settle_down(self) -> None:
-        last, changed = -1, time.monotonic()
-        while True:
-            self._staff()
-            held, missing = self.broker.left(self.name), self._unprocessed()
-            if held + missing == 0:
-                return
-            if held + missing != last:
-                last, changed = held + missing, time.monotonic()
-            if time.monotonic() - changed > (PATIENCE if held else PATIENCE / 6):
-                return  # the checker says what is missing
-            self.show({"kills": self.kills, "hits": self.hits, "left": held, "missing": missing})
-            time.sleep(0.5)
-
-    def _unprocessed(self) -> int:
-        """Published ids without an effect: what lost ones leave, the patience ends."""
-        published = set(self._published.read_text().split())
-        with psycopg.connect(self._plain_url) as connection:
-            row = connection.execute("SELECT count(DISTINCT id) FROM effects").fetchone()
-        assert row is not None
-        return len(published) - int(row[0])
-
-    @property
-    def _plain_url(self) -> str:
-        return self.database.set(drivername="postgresql").render_as_string(hide_password=False)
-
-    def _judge(self) -> dict[str, Any]:
-        left = self.broker.left(self.name)
-        command = [sys.executable, "-m", "prove.checker", str(self._published), self._plain_url]
-        judged = subprocess.run(
-            [*command, "--left", str(left)], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if judged.returncode not in (0, 1) or not judged.stdout:
-            raise RuntimeError("the checker failed")
-        return {"red": judged.returncode == 1, "left": left, **json.loads(judged.stdout)}
+    def _kill(self, victim: int) -> None:
+        worker = next((worker for worker in self.workers if worker.pid == victim), None)
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+        elif victim in self.suspects():
+            os.kill(victim, signal.SIGKILL)
+            self.wait_until(lambda: victim not in self.suspects(), "a killed process ends")
+            self._alone += 1
+        else:
+            return  # it had nothing more to do and left
+        self._kills += 1
+        self._hits += b"1" in self._calls(victim)
+        self._busy(victim).unlink(missing_ok=True)

@@ -1,6 +1,9 @@
 """Publishes the messages from a process of its own and logs what the broker confirmed, copies included.
 
-python -m prove.publisher BROKER NAME LOG MESSAGES PER_SECOND SEED
+python -m prove.publisher BROKER NAME LOG PLAN (a `prove.stage.Plan` as JSON)
+
+Each line of standard input says how many to publish; the rest follows at its end. What a broker did not
+confirm before its connection ended is published again.
 """
 
 from __future__ import annotations
@@ -9,76 +12,94 @@ import asyncio
 import json
 import random
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 from uuid import UUID
 
-#: The share of messages that are published twice, and how many others may come between.
-COPIES, APART = 0.1, 50
+
+class Note(NamedTuple):
+    """A message that is to be published."""
+
+    id: str
+    kind: str
+
+    @property
+    def body(self) -> bytes:
+        return json.dumps(self._asdict()).encode()
 
 
-def ids(count: int, seed: int) -> Iterator[str]:
-    """`count` ids, a tenth of them twice; the second at most `APART` messages after the first."""
-    chosen = random.Random(seed)
-    later: list[tuple[int, str]] = []
+def notes(plan: dict[str, Any]) -> Iterator[Note]:
+    """The messages of a plan, some of them twice."""
+    chosen = random.Random(plan["seed"])
+    count = plan["messages"]
+    special = [kind for kind, times in plan["kinds"].items() for _ in range(times)]
+    kinds = dict(zip(chosen.sample(range(count), len(special)), special, strict=True))
+    later: list[tuple[int, Note]] = []
     for number in range(count):
-        identifier = str(UUID(int=chosen.getrandbits(128), version=4))
-        yield identifier
-        if chosen.random() < COPIES:
-            later.append((number + chosen.randint(0, APART), identifier))
+        note = Note(str(UUID(int=chosen.getrandbits(128), version=4)), kinds.get(number, "good"))
+        yield note
+        if chosen.random() < plan["copies"]:
+            later.append((number + chosen.randint(*plan["apart"]), note))
+            later.sort()
         while later and later[0][0] <= number:
             yield later.pop(0)[1]
-    yield from (identifier for _, identifier in later)
+    yield from (note for _, note in later)
 
 
-def as_told(identifiers: Iterator[str], orders: TextIO) -> Iterator[str]:
+def as_told(every: Iterator[Note], orders: TextIO) -> Iterator[Note]:
     for line in orders:
-        yield from islice(identifiers, int(line))
-    yield from identifiers
+        yield from islice(every, int(line))
+    yield from every
 
 
-def rabbitmq(url: str, queue: str, identifiers: Iterator[str], log: TextIO) -> None:
+def rabbitmq(url: str, queue: str, every: Iterator[Note], log: TextIO) -> None:
     import pika
+    from pika.exceptions import AMQPError, UnroutableError
 
     parameters = pika.URLParameters(url)
     parameters.heartbeat = 0  # between two orders this process only waits
-    with pika.BlockingConnection(parameters) as connection:
-        channel = connection.channel()
-        channel.confirm_delivery()  # publish returns when the broker has confirmed
-        for identifier in identifiers:
-            properties = pika.BasicProperties(message_id=identifier, delivery_mode=2)
-            channel.basic_publish("", queue, _body(identifier), properties, mandatory=True)
-            log.write(f"{identifier}\n")
+    note = next(every, None)
+    while note is not None:
+        try:
+            with pika.BlockingConnection(parameters) as connection:
+                channel = connection.channel()
+                channel.confirm_delivery()  # publish returns when the broker has confirmed
+                while note is not None:
+                    properties = pika.BasicProperties(message_id=note.id, delivery_mode=2)
+                    channel.basic_publish("", queue, note.body, properties, mandatory=True)
+                    log.write(f"{note.id} {note.kind}\n")
+                    note = next(every, None)
+        except UnroutableError:
+            raise  # the queue is missing
+        except (AMQPError, OSError):  # the broker is away
+            time.sleep(0.2)
 
 
-async def kafka(servers: str, topic: str, identifiers: Iterator[str], log: TextIO) -> None:
+async def kafka(servers: str, topic: str, every: Iterator[Note], log: TextIO) -> None:
     from aiokafka import AIOKafkaProducer
 
     producer = AIOKafkaProducer(bootstrap_servers=servers, acks="all", enable_idempotence=True)
     await producer.start()
     try:
-        for identifier in identifiers:
-            headers = [("message-id", identifier.encode())]
-            await producer.send_and_wait(topic, _body(identifier), key=identifier.encode(), headers=headers)
-            log.write(f"{identifier}\n")
+        for note in every:
+            key = note.id.encode()
+            await producer.send_and_wait(topic, note.body, key=key, headers=[("message-id", key)])
+            log.write(f"{note.id} {note.kind}\n")
     finally:
         await producer.stop()
 
 
-def _body(identifier: str) -> bytes:
-    return json.dumps({"id": identifier}).encode()
-
-
 def main() -> None:
-    broker, name, log, messages, seed = sys.argv[1:]
-    identifiers = as_told(ids(int(messages), int(seed)), sys.stdin)
+    broker, name, log, plan = sys.argv[1:]
+    every = as_told(notes(json.loads(plan)), sys.stdin)
     with Path(log).open("a", buffering=1) as file:
         if broker.startswith("amqp"):
-            rabbitmq(broker, name, identifiers, file)
+            rabbitmq(broker, name, every, file)
         else:
-            asyncio.run(kafka(broker, name, identifiers, file))
+            asyncio.run(kafka(broker, name, every, file))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The application under fire. Each message leaves one row in `effects`, which no unique key protects.
 
-What it runs on comes from the environment, because it is started as `idemq run prove.shop:app` many times.
+A message's kind says what its handler does: `good`; `failing` (raises twice, after its work); `rejected`;
+`exits` (ends the process after its work); `garbled` (ends the process in the payload's decoder); `flagged`
+(rejected while there is a file `flag`). What it runs on comes from the environment, because it is started as
+`idemq run prove.shop:app` many times.
 """
 
 from __future__ import annotations
@@ -10,16 +13,23 @@ import random
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
+from tenacity import Retrying, stop_after_attempt, wait_random
 
-from idemq import App
+from idemq import App, Reject
 from idemq.broker import Source
 from idemq.kafka import Kafka
 from idemq.rabbitmq import RabbitMQ
 from prove import controls
+
+DIRECTORY = Path(os.environ["PROVE_DIRECTORY"])
+
+#: Some of these waits are spent in the worker, and some are parked.
+RETRY = Retrying(stop=stop_after_attempt(10), wait=wait_random(0, 2.5))
 
 
 def source() -> Source:
@@ -32,9 +42,8 @@ def source() -> Source:
 class Busy:
     """A file with one byte for each thread, 1 while its handler runs: shows afterwards what a kill hit."""
 
-    def __init__(self, directory: str) -> None:
-        path = os.path.join(directory, f"{os.getpid()}.busy")
-        self._file = os.open(path, os.O_CREAT | os.O_WRONLY)
+    def __init__(self) -> None:
+        self._file = os.open(DIRECTORY / f"{os.getpid()}.busy", os.O_CREAT | os.O_WRONLY)
         self._offsets: dict[int, int] = {}
 
     def set(self, value: bytes) -> None:
@@ -43,21 +52,56 @@ class Busy:
 
 
 app = App(os.environ["PROVE_DATABASE"])
-busy = Busy(os.environ["PROVE_DIRECTORY"])
+busy = Busy()
 controls.apply(os.environ.get("PROVE_CONTROL", ""))
 
 
 @dataclass
 class Work:
     id: UUID
+    kind: str = "good"
+
+    def __post_init__(self) -> None:
+        if self.kind == "garbled":
+            os._exit(70)
 
 
-@app.consumer("prove", source(), concurrency=2)
+@app.consumer(
+    "prove", source(), concurrency=2, retry=RETRY, max_crashes=int(os.environ.get("PROVE_MAX_CRASHES", "20"))
+)
 def work(payload: Work, session: Session) -> None:
     busy.set(b"1")
-    session.execute(text("INSERT INTO effects (id, worker) VALUES (:id, :worker)"), _row(payload))
-    time.sleep(random.uniform(0, 0.008))  # work that takes a moment, so that kills fall into it
-    busy.set(b"0")
+    try:
+        session.execute(text("INSERT INTO effects (id, worker) VALUES (:id, :worker)"), _row(payload))
+        time.sleep(random.uniform(0, 0.008))  # work that takes a moment, so that kills fall into it
+        _behave(payload)
+    finally:
+        busy.set(b"0")
+
+
+def _behave(payload: Work) -> None:
+    match payload.kind:
+        case "failing":
+            if _fails(payload.id):
+                raise RuntimeError("not yet")
+        case "rejected":
+            raise Reject("as it must be")
+        case "exits":
+            os._exit(70)
+        case "flagged":
+            if (DIRECTORY / "flag").exists():
+                raise Reject("the flag is up")
+
+
+def _fails(identifier: UUID) -> bool:
+    """Twice for each message, whichever processes have it: files remember."""
+    for number in (1, 2):
+        try:
+            (DIRECTORY / f"{identifier}.{number}").touch(exist_ok=False)
+            return True
+        except FileExistsError:
+            continue
+    return False
 
 
 def _row(payload: Work) -> dict[str, object]:

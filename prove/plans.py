@@ -1,0 +1,83 @@
+"""Which scenarios are run with which figures: short for every change, LONG=1 for the full ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from prove.brokers import Broker
+from prove.controls import CONTROLS
+from prove.loop import KillLoop
+from prove.outage import Outage
+from prove.poison import Poison
+from prove.replay import Replay
+from prove.stage import Plan, Stage
+
+
+class Scene(NamedTuple):
+    """One run: its broker, its scenario's name, and what is to happen."""
+
+    broker: str
+    scenario: str
+    plan: Plan
+
+    @property
+    def label(self) -> str:
+        control = f", {self.plan.control}" if self.plan.control else ""
+        return f"{self.broker} {self.scenario}{control}"
+
+
+#: An order test gets its place here.
+SCENARIOS: dict[str, type[Stage]] = {
+    "kills": KillLoop,
+    "failures": KillLoop,
+    "poison": Poison,
+    "replay": Replay,
+    "outage": Outage,
+}
+
+
+def scenes(brokers: dict[str, Broker], seed: int, *, long: bool) -> Iterator[Scene]:
+    for label, broker in brokers.items():
+        for plan in _kills(broker, seed, long=long):
+            yield Scene(label, "kills", plan)
+        yield Scene(label, "failures", _failures(broker, seed, long=long))
+        yield Scene(label, "poison", _poison(broker, seed, long=long))
+        messages = 1000 if long else 500
+        replay = Plan(messages, seed, kinds={"flagged": messages}, copies=0.2, apart=(messages, messages))
+        yield Scene(label, "replay", replay)
+    # More messages than the scenario has time for: the rest comes at its end.
+    down, restarts, messages = (60.0, 3, 12_000) if long else (10.0, 1, 4_000)
+    yield Scene("RabbitMQ", "outage", Plan(messages, seed, down=down, restarts=restarts))
+
+
+def _kills(broker: Broker, seed: int, *, long: bool) -> Iterator[Plan]:
+    workers, after = (3, (0.0, 0.6)) if broker.kills_all else (5, (0.0, 0.3))
+    messages, kills = (200_000, 3_000) if long else (10_000, 150)
+    yield Plan(messages, seed, kills=kills, workers=workers, after=after)
+    for control in CONTROLS:
+        yield Plan(1500, seed, kills=30, workers=workers, after=after, control=control)
+
+
+def _failures(broker: Broker, seed: int, *, long: bool) -> Plan:
+    """5 % fail twice, 1 % are rejected; copies of 20 %, up to a fifth of all messages later."""
+    workers, after = (3, (0.0, 3.0)) if broker.kills_all else (4, (0.0, 0.8))
+    kills = (60 if broker.kills_all else 200) if long else 30
+    messages = 5000 if long else 1000
+    kinds = {"failing": messages // 20, "rejected": messages // 100}
+    return Plan(
+        messages,
+        seed,
+        kills=kills,
+        workers=workers,
+        after=after,
+        kinds=kinds,
+        copies=0.2,
+        apart=(0, messages // 5),
+    )
+
+
+def _poison(broker: Broker, seed: int, *, long: bool) -> Plan:
+    poison = (10 if broker.kills_all else 50) if long else 5
+    kinds = {"exits": poison - poison // 2, "garbled": poison // 2}
+    return Plan((1000 if long else 200) + poison, seed, kinds=kinds, max_crashes=3)
