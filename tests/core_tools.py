@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    update,
 )
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -32,9 +34,10 @@ from sqlalchemy.orm import Session
 from idemq import App, migrate, names, schema
 from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.broker import Deliver, Subscription
-from idemq.failures import Job
-from idemq.message import Ack, Message, Verdict
 from idemq.declared import Consumer
+from idemq.failures import WAITING, Job
+from idemq.message import Ack, Message, Verdict
+from idemq.parking import Found
 
 #: Every supported pair of database and driver, as parameters of a test that takes `shop`.
 DRIVERS = [
@@ -50,6 +53,9 @@ DRIVERS = [
 ]
 
 PROCESSED, REPEATED = Ack(), Ack(duplicate=True)
+
+#: Whoever picks parked messages here, if nothing else is said.
+OWNER = b"the usual owner."
 
 _metadata = MetaData()
 #: What the handlers of these tests write: one row for each effect.
@@ -120,6 +126,27 @@ class Attempts:
         assert self.runner is not None
         return self.runner.run(self.unit.run(job))
 
+    def look(self, owner: bytes = OWNER, count: int = 10, **how: bool) -> list[Job]:
+        """Pick parked messages that are due."""
+        if isinstance(self.unit, SyncUnit):
+            found = self.unit.look(owner, count, **how)
+        else:
+            assert self.runner is not None
+            found = self.runner.run(self.unit.look(owner, count, **how))
+        assert isinstance(found, Found), found
+        return found.jobs
+
+    def again(self, owner: bytes = OWNER, count: int = 10, **how: bool) -> list[Verdict]:
+        """Pick parked messages that are due, and run them."""
+        return [self(job) for job in self.look(owner, count, **how)]
+
+    def give_back(self, owner: bytes = OWNER) -> None:
+        if isinstance(self.unit, SyncUnit):
+            self.unit.give_back(owner)
+        else:
+            assert self.runner is not None
+            self.runner.run(self.unit.give_back(owner))
+
     def close(self) -> None:
         if isinstance(self.unit, SyncUnit):
             self.unit.close()
@@ -184,6 +211,7 @@ class Shop:
         *,
         engine: Engine | AsyncEngine | None = None,
         consumer: Consumer | None = None,
+        trigger: bool = False,
         **options: Any,
     ) -> Attempts:
         """A unit for a new consumer with `body` as its handler."""
@@ -193,9 +221,9 @@ class Shop:
         unit: SyncUnit | AsyncUnit
         if isinstance(engine, AsyncEngine):
             runner = asyncio.Runner()
-            unit = AsyncUnit(engine, consumer, number)
+            unit = AsyncUnit(engine, consumer, number, trigger=trigger)
         else:
-            runner, unit = None, SyncUnit(engine, consumer, number)
+            runner, unit = None, SyncUnit(engine, consumer, number, trigger=trigger)
         attempts = Attempts(consumer, unit, runner, engine)
         self.opened.append(attempts)
         return attempts
@@ -212,6 +240,22 @@ class Shop:
         table = schema.table("idemq_failed")
         with self.engine.connect() as connection:
             return connection.execute(select(table).order_by(table.c.seq)).all()
+
+    def change_rows(self, **values: Any) -> None:
+        """Change what all parked messages and dead letters say."""
+        with self.engine.begin() as connection:
+            connection.execute(update(schema.table("idemq_failed")).values(values))
+
+    def time_passes(self) -> None:
+        """Every parked message is due, and every lease has ended."""
+        long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+        table = schema.table("idemq_failed")
+        with self.engine.begin() as connection:
+            connection.execute(
+                update(table)
+                .where(table.c.state == WAITING)
+                .values(not_before=long_ago, lease_until=long_ago)
+            )
 
     def reasons(self) -> list[str]:
         return [row.reason for row in self.dead()]
