@@ -135,8 +135,7 @@ def put(
         # An attempt that committed too early has deleted the row; otherwise its lease was lost.
         if job.key is None or not _ours(connection, ledger, consumer, job):
             return None
-        outcome = _broke(outcome)
-        owns = True
+        outcome, owns = _broke(outcome), True
         changes = _changes(job, outcome, now) | {"owns_claim": True, "identity": job.key}
     if owns and job.lane is not None and _took_over(connection, table, consumer, job, changes):
         return outcome.verdict()
