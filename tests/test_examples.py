@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,14 @@ from sqlalchemy import URL
 
 ROOT = Path(__file__).parent.parent
 SMS = ROOT / "examples" / "sms" / "play.py"
+FAILURES = ROOT / "examples" / "failures" / "play.py"
 #: Enough that a kill finds both workers busy.
 PAYMENTS = 48
 
 
-def play(**environment: str) -> str:
+def play(script: Path, *arguments: str, **environment: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-W", "error", SMS, str(PAYMENTS)],
+        [sys.executable, "-W", "error", script, *arguments],
         env={name: value for name, value in os.environ.items() if not name.endswith(("_URL", "_SERVERS"))}
         | environment,
         stdin=subprocess.DEVNULL,
@@ -31,7 +33,7 @@ def play(**environment: str) -> str:
 
 
 def test_one_text_for_each_payment_without_any_server() -> None:
-    assert "was killed" in play()
+    assert "was killed" in play(SMS, str(PAYMENTS))
 
 
 @pytest.mark.parametrize("broker", ["rabbitmq", "kafka"])
@@ -44,7 +46,7 @@ def test_one_text_for_each_payment_on_servers(
     }[broker]
     where = request.getfixturevalue(fixture)
     database = postgres_url.render_as_string(hide_password=False)
-    assert "was killed" in play(**{variable: where, "DATABASE_URL": database})
+    assert "was killed" in play(SMS, str(PAYMENTS), **{variable: where, "DATABASE_URL": database})
 
 
 def test_the_outcome_is_judged(tmp_path: Path) -> None:
@@ -60,3 +62,16 @@ def test_the_outcome_is_judged(tmp_path: Path) -> None:
     figures = dict(line.replace("asked again", "again").split()[:2] for line in judged.stdout.splitlines())
     assert judged.returncode == 1
     assert (figures["lost"], figures["double"]) == ("1", "1")
+
+
+def test_what_fails_is_parked_or_dead_and_nothing_is_lost() -> None:
+    printed = play(FAILURES)
+    assert "as README.md says" in printed
+    told = re.findall(r"^ +(idemq (?:db|dead|parked|status) [^#\n]*[^# \n])", _readme(FAILURES), re.MULTILINE)
+    done = re.sub(r"dead show shop:app \S+", "dead show shop:app ID", printed)
+    assert len(told) == 8
+    assert [command for command in told if f"$ {command}\n" not in done] == []
+
+
+def _readme(script: Path) -> str:
+    return script.with_name("README.md").read_text(encoding="utf-8")
