@@ -132,7 +132,7 @@ class Parking:
         for row in rows:
             if row.owner is not None:
                 self._ended(connection, row.seq, crashed=bool(row.alone), now=now)
-                if row.alone and row.crashes + 1 >= self._max_crashes:
+                if row.crashes + row.alone >= self._max_crashes:  # also when who was to bury it died
                     crashed.append(row.seq)
         taken = picked + crashed
         if not taken:

@@ -32,6 +32,9 @@ from idemq.parking import MOST_BEHIND, Found, Parking
 #: A failed message stays in the worker when it is tried again within so many seconds; else it is parked.
 SHORT = 1.0
 
+#: The shortest delay that a handler can ask for, in seconds: none at all would be a hot loop.
+SOON = 0.1
+
 #: Deadlocks and the like that a message may meet in a row before they count as failures.
 CONTENDED = 20
 
@@ -193,7 +196,7 @@ class Unit:
         if isinstance(error, BadMessage):
             return Outcome(error.reason, error)
         if isinstance(error, RetryLater):
-            return Outcome(LATER, error, error.seconds, words(error))
+            return Outcome(LATER, error, max(SOON, error.seconds), words(error))
         job.failures += 1
         policy = self._consumer.policy
         delay = policy(job.failures, monotonic() - job.began, error) if policy is not None else 0.0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -19,10 +22,12 @@ from sqlalchemy.orm import Session
 from tenacity import Retrying, stop_after_attempt, stop_after_delay, wait_fixed
 
 from idemq import App, failed_rows, letters, migrate, schema
+from idemq.attempts import SyncUnit
 from idemq.errors import Reject, RetryLater
 from idemq.failures import RELEASED, Outcome
 from idemq.message import Dead, Message, Parked, Release, Verdict, key_of
 from idemq.packing import packed
+from idemq.parking import Found
 from idemq.process import CONTENDED
 from tests.core_tools import (
     DRIVERS,
@@ -1040,3 +1045,188 @@ def test_a_suspect_whose_twin_is_in_flight_stays_a_suspect(shop: Shop) -> None:
     assert attempts(job) == Parked("released", 0.0)
     (row,) = shop.dead()
     assert (row.starts, row.alone, row.owner, row.owns_claim) == (1, False, None, False)
+
+
+@pytest.mark.hazard("H44")
+@on(*DATABASES)
+def test_killed_between_any_two_steps_a_message_is_parked_once_or_done_once(shop: Shop) -> None:
+    part = Part()
+    consumer, number = shop.consumer(part, retry=POLICY, max_crashes=100), shop.number()
+    shop.engine.dispose()
+
+    def child(act: Callable[[Message, Session], object], given: Message | None, step: int) -> None:
+        part.act = act
+        engine = shop.new_engine()
+        assert isinstance(engine, Engine)
+        left = [step]
+
+        def count(*_: object) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        for place in ("before_cursor_execute", "after_cursor_execute", "commit"):
+            event.listen(engine, place, count)
+        unit = SyncUnit(engine, consumer, number)
+        if given is not None:
+            unit.run(consumer.job(given))
+        for _ in range(3 if given is None else 0):  # the first look makes a suspect of it
+            found = unit.look(OTHER, 10, inline=True)
+            assert isinstance(found, Found)
+            for job in found.jobs:
+                unit.run(job)
+        count()
+        os._exit(0)
+
+    def run(act: Callable[[Message, Session], object], given: Message | None, step: int) -> bool:
+        process = multiprocessing.get_context("fork").Process(target=child, args=(act, given, step))
+        process.start()
+        process.join(60)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    step = 0
+    while run(failing, message(), step):
+        step += 1
+    assert [(row.reason, row.copies) for row in shop.dead()] == [("failed", 1)]
+    assert (shop.claims(), shop.effects(), 4 < step < 40) == (1, [], True)
+    step = 0
+    shop.time_passes()
+    while run(write, None, step):
+        step += 1
+        assert len(shop.dead()) + len(shop.effects()) == 1
+        shop.time_passes()
+    assert (shop.effects(), shop.claims(), shop.dead(), 6 < step < 60) == (["effect"], 1, [], True)
+
+
+@pytest.mark.hazard("H26")
+@on(*SERVERS)
+def test_a_copy_that_comes_while_its_message_runs_again_waits_and_is_absorbed(shop: Shop) -> None:
+    part = Part(failing)
+    attempts, elsewhere = (shop.attempts(part, retry=POLICY, wait=0.1) for _ in range(2))
+    assert isinstance(attempts(message()), Parked)
+    assert release(attempts, message("2")) == Parked("released", 0.0)
+    shop.time_passes()
+    during: list[Verdict] = []
+
+    def running(given: Message, session: Session) -> None:
+        write(given, session)
+        copy = message(given.id)
+        during.append(threads.submit(elsewhere, copy).result(20))
+
+    part.act = running
+    with ThreadPoolExecutor(1) as threads:
+        assert attempts.again() == [PROCESSED] * 2
+    assert [isinstance(each, Release) and each.twin for each in during] == [True] * 2
+    assert [elsewhere(message(id)) for id in "12"] == [REPEATED] * 2
+    assert (shop.effects(), shop.dead(), part.calls) == (["effect"] * 2, [], 3)
+
+
+@pytest.mark.hazard("H26")
+@on(*SERVERS)
+def test_a_parked_message_whose_twin_is_in_flight_is_due_later_and_nothing_is_counted(shop: Shop) -> None:
+    part = Part()
+    attempts, elsewhere = (shop.attempts(part, retry=POLICY, wait=0.1) for _ in range(2))
+    assert release(attempts, message()) == Parked("released", 0.0)
+
+    def holding(given: Message, session: Session) -> None:
+        write(given, session)
+        (job,) = threads.submit(attempts.look).result(20)
+        verdict = threads.submit(attempts, job).result(20)
+        assert isinstance(verdict, Release)
+        assert verdict.twin
+        job.outcome = Outcome(RELEASED, None, 5.0, verdict.cause)
+        assert threads.submit(attempts, job).result(20) == Parked("released", 5.0, verdict.cause)
+
+    part.act = holding
+    with ThreadPoolExecutor(1) as threads:
+        assert elsewhere(message()) == PROCESSED
+    (row,) = shop.dead()
+    assert (row.attempts, row.starts, row.owner, row.owns_claim) == (0, 0, None, False)
+    shop.time_passes()
+    assert attempts.again() == [REPEATED]
+    assert (shop.effects(), shop.dead(), part.calls) == (["effect"], [], 1)
+
+
+@pytest.mark.hazard("H29")
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@on(("postgres", "psycopg"), ("postgres", "asyncpg"), ("mariadb", "pymysql"))
+def test_at_any_isolation_level_many_pickers_run_each_message_once(shop: Shop, level: str) -> None:
+    part = Part(failing)
+    pickers = [
+        shop.attempts(part, retry=POLICY, engine=shop.new_engine(isolation_level=level)) for _ in range(3)
+    ]
+    for number in range(15):
+        verdict = pickers[0](message(str(number), str(number).encode()))
+        assert isinstance(verdict, Parked), verdict
+    part.act = write
+    shop.time_passes()
+    start = threading.Barrier(len(pickers))
+
+    def run(picker: Attempts, owner: bytes) -> list[Verdict]:
+        start.wait(20)
+        found: list[Verdict] = []
+        for _ in range(300):
+            with suppress(AssertionError):  # what was released by a look is looked for again
+                for job in picker.look(owner, 2):
+                    verdict = picker(job)
+                    while isinstance(verdict, Release):
+                        assert (verdict.failed, verdict.outage) == (False, False), verdict
+                        verdict = picker(job)
+                    found.append(verdict)
+            if not any(row.owner is None for row in shop.dead()):
+                return found
+        raise RuntimeError("there is no end to it")
+
+    with ThreadPoolExecutor(len(pickers)) as threads:
+        owners = [bytes([number]) * 16 for number in range(len(pickers))]
+        verdicts = [verdict for found in threads.map(run, pickers, owners) for verdict in found]
+    assert verdicts.count(PROCESSED) == 15
+    assert sorted(shop.effects(), key=int) == [str(number) for number in range(15)]
+    assert (shop.dead(), shop.claims()) == ([], 15)
+
+
+@pytest.mark.hazard("H23")
+@on(*DATABASES)
+def test_later_is_never_at_once(shop: Shop) -> None:
+    def not_yet(given: Message, session: Session) -> None:
+        raise RetryLater(0)
+
+    attempts = shop.attempts(not_yet, retry=POLICY)
+    verdict = attempts(message())
+    assert isinstance(verdict, Release)
+    assert verdict.delay is not None
+    assert verdict.delay >= 0.05
+    assert not verdict.failed
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), RecursionError()])
+@on(("sqlite", "pysqlite"), ("postgres", "psycopg"))
+def test_what_a_handler_raises_is_a_failure_whatever_it_is(shop: Shop, error: BaseException) -> None:
+    def raising(given: Message, session: Session) -> None:
+        write(given, session)
+        raise error
+
+    attempts = shop.attempts(raising, retry=POLICY)
+    for count in (1, 2):
+        shop.time_passes()
+        (verdict,) = attempts.again() if count > 1 else [attempts(message())]
+        assert isinstance(verdict, Parked), verdict
+        assert (shop.dead()[0].attempts, shop.effects()) == (count, [])
+
+
+@pytest.mark.hazard("H21")
+@on(*DATABASES)
+def test_a_crash_that_nobody_could_bury_is_buried_by_the_next_one(shop: Shop) -> None:
+    part = Part(failing)
+    attempts = shop.attempts(part, retry=POLICY, max_crashes=1)
+    assert isinstance(attempts(message()), Parked)
+    shop.time_passes()
+    assert len(attempts.look(inline=True)) == 1
+    shop.change_rows(starts=1, alone=True)
+    shop.time_passes()
+    (job,) = attempts.look(OTHER)  # it is to be buried, and who would do that dies as well
+    assert job.outcome is not None
+    shop.time_passes()
+    found = [verdict for _ in range(3) for verdict in attempts.again(OWNER, inline=True)]
+    assert (found, part.calls) == ([Dead("crashed")], 1)
