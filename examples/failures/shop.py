@@ -1,7 +1,7 @@
 """Twenty payments settle, and four more go wrong, each in a way of its own.
 
-`idemq run shop:app` works on them. `python shop.py` makes the shop's tables and publishes; `python shop.py take
-CHF` mends one of the four. README.md tells what to look at meanwhile.
+`idemq run shop:app` works on them. `python shop.py` makes the tables of the shop and publishes, and
+`python shop.py take CHF` mends one of the four. README.md tells what to look at meanwhile.
 """
 
 import json
