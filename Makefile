@@ -34,11 +34,12 @@ check: .venv/.dev ## linter, format, types, layers
 hazards: .venv/.dev ## list what can go wrong, and the tests that prove the answers
 	@$(PY) -m tests.hazards
 
-prove: .venv/.dev ## kill workers at random and count what was lost or doubled (LONG=1: for hours)
+prove: .venv/.dev ## kill, poison and cut off workers and count what was lost or doubled (LONG=1: for hours)
 	@$(PY) -m prove
 
-bench: .venv/.dev ## compare with hand-written loops (LONG=1: more messages)
+bench: .venv/.dev ## compare with hand-written loops, and what a failing message costs (LONG=1: more messages)
 	@$(PY) -m benchmarks
+	@$(PY) -m benchmarks.failing
 
 clean: ## remove everything that the targets above made
 	rm -rf .venv .demo .prove .bench .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build

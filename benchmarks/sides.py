@@ -46,7 +46,7 @@ def idemq(source: Source, fill: Fill, url: URL, async_url: URL | None) -> Iterat
     app.consumer("bench", source)(handler)
     feeds = prepare(app, list(app.consumers.values()))
     worker = Worker([(feed, app.engine_for(feed.consumer)) for feed in feeds])
-    with _running(lambda: worker.run(grace=30.0)):
+    with running(lambda: worker.run(grace=30.0)):
         try:
             yield Side(work, fill)
         finally:
@@ -59,7 +59,7 @@ def idemq(source: Source, fill: Fill, url: URL, async_url: URL | None) -> Iterat
 @contextmanager
 def by_hand(loop: Callable[[Work], object], fill: Fill) -> Iterator[Side]:
     work = Work()
-    with _running(lambda: loop(work)):
+    with running(lambda: loop(work)):
         try:
             yield Side(work, fill)
         finally:
@@ -67,7 +67,7 @@ def by_hand(loop: Callable[[Work], object], fill: Fill) -> Iterator[Side]:
 
 
 @contextmanager
-def _running(call: Callable[[], object]) -> Iterator[None]:
+def running(call: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     yield
