@@ -6,7 +6,7 @@ Error codes, the driver's own view of its transaction, and which sync and async 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 from weakref import WeakSet
 
@@ -41,6 +41,10 @@ _TRANSIENT_MYSQL = frozenset(
 
 #: SERVER_STATUS_IN_TRANS of the MySQL protocol.
 _IN_TRANSACTION = 1
+
+#: Bytes that PyMySQL and asyncmy write as two, and room for what stands in a statement beside the values.
+_ESCAPED = tuple(bytes([byte]) for byte in b"\x00\n\r\x1a\"'\\")
+_BESIDE = 128 * 1024
 
 _DEFAULT = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql", "sqlite": "pysqlite"}
 
@@ -103,6 +107,19 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     if error.orig.__class__.__module__.startswith("sqlite3"):
         return isinstance(code, int) and code & 0xFF in (5, 6)
     return code in ("55P03", 1205)
+
+
+def too_small_packet(connection: Connection, values: Collection[bytes]) -> int | None:
+    """MySQL's and MariaDB's `max_allowed_packet`, when a statement with these values may be larger.
+
+    Such a statement ends the connection, which would pass for an outage, again and again.
+    """
+    size = sum(map(len, values)) + _BESIDE
+    if kind_of(connection.dialect) not in ("mysql", "mariadb") or size < 2 * _BESIDE:
+        return None
+    size += sum(value.count(byte) for value in values for byte in _ESCAPED)
+    packet = int(connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one())
+    return packet if size > packet // 2 else None  # MariaDB 10.11 takes half of what it says
 
 
 def is_missing_table(error: DBAPIError) -> bool:

@@ -15,9 +15,10 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, RowMapping, Table, delete, insert, update
+from sqlalchemy import Connection, RowMapping, Table, delete, insert, select, update
 
 from idemq import schema
+from idemq.drivers import too_small_packet
 from idemq.errors import BrokeTransaction, IdemqError
 from idemq.ledger import Ledger
 from idemq.message import Ack, Dead, Message, Parked, Verdict
@@ -41,10 +42,6 @@ MAX_KEPT = 16 * 1024 * 1024
 
 #: Headers that the broker changes from delivery to delivery.
 _PER_DELIVERY = ("x-delivery-count", "x-death", "x-acquired-count")
-
-#: Bytes that MySQL's drivers write as two, and what an INSERT takes beside the message.
-_ESCAPED = tuple(bytes([each]) for each in b"\x00\n\r\x1a\"'\\")
-_SPARE = 256 * 1024
 
 
 class TooLarge(IdemqError):
@@ -152,7 +149,7 @@ def _insert(
 ) -> None:
     kept = _message(job)
     if job.row is None:  # else nobody else has it any more
-        _refuse_too_large(connection, ledger.kind, kept, limit)
+        _refuse_too_large(connection, kept, limit)
     whole = {**values, **kept, "fingerprint": job.fingerprint}
     connection.execute(insert(table).values(pk=uuid4().bytes, **whole))
 
@@ -163,8 +160,16 @@ def _took_over(
     """Somebody else, who could not wait for our claim, has parked it without one: that row keeps its place
     before those that came after it."""
     same = (table.c.consumer == consumer) & (table.c.identity == _identity(job))
-    waits = (table.c.state == WAITING) & ~table.c.owns_claim
-    return connection.execute(update(table).where(same, waits).values(changes)).rowcount > 0
+    return _changed(connection, table, same & (table.c.state == WAITING) & ~table.c.owns_claim, changes)
+
+
+def _changed(connection: Connection, table: Table, which: Any, changes: dict[str, Any]) -> bool:
+    """Change the row, if it is there. Raises at once where somebody has it who runs it, maybe for long."""
+    locked = select(table.c.seq).where(which).with_for_update(nowait=True)
+    row = connection.execute(locked).first()
+    if row is not None:
+        connection.execute(update(table).where(table.c.seq == row.seq).values(changes))
+    return row is not None
 
 
 def mine(table: Table, row: Row) -> Any:
@@ -185,8 +190,7 @@ def _counted_as_copy(
     connection: Connection, table: Table, consumer: int, identity: bytes, now: datetime
 ) -> bool:
     same = (table.c.consumer == consumer) & (table.c.identity == identity)
-    changes = {"copies": table.c.copies + 1, "last_at": now}
-    return connection.execute(update(table).where(same).values(changes)).rowcount > 0
+    return _changed(connection, table, same, {"copies": table.c.copies + 1, "last_at": now})
 
 
 def _changes(job: Job, outcome: Outcome, now: datetime) -> dict[str, Any]:
@@ -223,17 +227,12 @@ def _message(job: Job) -> dict[str, Any]:
     }
 
 
-def _refuse_too_large(connection: Connection, kind: str, kept: dict[str, Any], limit: int) -> None:
+def _refuse_too_large(connection: Connection, kept: dict[str, Any], limit: int) -> None:
     parts = [part for part in kept.values() if isinstance(part, bytes)]
     size = sum(map(len, parts))
     if size > limit:
         raise TooLarge(f"a message of {size} bytes cannot be written down: max_kept={limit}")
-    if kind not in ("mysql", "mariadb") or size < _SPARE:
-        return
-    # A larger statement ends the connection, which would pass for an outage, again and again. MariaDB 10.11
-    # takes statements of up to half of what it says.
-    packet = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
-    if size + sum(part.count(each) for part in parts for each in _ESCAPED) + _SPARE > packet // 2:
+    if (packet := too_small_packet(connection, parts)) is not None:
         raise TooLarge(f"a message of {size} bytes cannot be written down: max_allowed_packet={packet}")
 
 

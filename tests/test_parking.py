@@ -1230,3 +1230,30 @@ def test_a_crash_that_nobody_could_bury_is_buried_by_the_next_one(shop: Shop) ->
     shop.time_passes()
     found = [verdict for _ in range(3) for verdict in attempts.again(OWNER, inline=True)]
     assert (found, part.calls) == ([Dead("crashed")], 1)
+
+
+@pytest.mark.hazard("H26")
+@on(*SERVERS)
+def test_a_message_that_somebody_runs_for_long_keeps_no_lane_that_has_its_copy(shop: Shop) -> None:
+    part = Part()
+    attempts, elsewhere = shop.attempts(part, id="id"), shop.attempts(part)
+    without = message(None, headers={"id": "2"})
+    assert elsewhere(without) == Dead("no id")
+    shop.change_rows(state=1, not_before=LONG_AGO)
+    assert release(attempts, message(None, headers={"id": "1"})) == Parked("released", 0.0)
+    copies: list[Verdict] = []
+
+    def running(given: Message, session: Session) -> None:
+        write(given, session)
+        copy = elsewhere.consumer.job(without if given.id == "2" else message("1", headers={"id": "1"}))
+        if given.id == "1":
+            copy.outcome = Outcome(RELEASED, None, 0.0)
+        for _ in range(2):
+            copies.append(threads.submit(elsewhere, copy).result(5))
+
+    part.act = running
+    with ThreadPoolExecutor(1) as threads:
+        assert attempts.again() == [PROCESSED] * 2
+    assert [asked(each) for each in copies] == [(False, False)] * 4
+    assert (shop.dead(), shop.claims()) == ([], 2)
+    assert elsewhere(without) == Dead("no id")
