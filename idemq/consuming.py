@@ -175,7 +175,7 @@ class ConsumerWorker:
                 many = len(self._kept) >= max(2, self.feed.prefetch // 2)
             item.kept_since = item.kept_since or now
             if many or now - item.kept_since > KEEP or item.job.row is not None:
-                item.job.outcome, delay = Outcome(RELEASED, None, KEEP, verdict.cause), 0.0
+                item.job.outcome, delay = Outcome(RELEASED, None, KEEP, verdict.cause), 0.1
         if verdict.failed or self._may_tell():
             log.warning(
                 "%s: %r not done (%s); tried again in %.1f s",

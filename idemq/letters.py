@@ -78,7 +78,7 @@ def retry(
     fresh = {"attempts": 0, "crashes": 0, "alone": False, "owner": None, "lease_until": None}
 
     def wait(table: Table, now: Any) -> Any:
-        times = {"not_before": now, "last_at": now}
+        times = {"not_before": now, "last_at": now, "first_at": now}  # its policy begins anew
         alone = case((table.c.reason == Crashed.reason, 1), else_=0)  # what ended processes runs alone again
         return update(table).values(state=WAITING, reason=FAILED, starts=alone, **fresh, **times)
 
