@@ -1,4 +1,4 @@
-"""A TCP proxy that can lose a request, or the reply to one, at an exact place in the conversation."""
+"""A TCP proxy that can lose a request, or the reply to one, at an exact place; or be away for a while."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Proxy:
         #: Set when the armed cut has happened.
         self.cut_done = threading.Event()
         self._sockets: set[socket.socket] = set()
+        self._away = False
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self, pattern: bytes, lost: Side) -> None:
@@ -31,6 +32,16 @@ class Proxy:
         with self._lock:
             self.cut_done.clear()
             self._armed = pattern, lost
+
+    def away(self) -> None:
+        """Close every connection, and refuse new ones until `back`."""
+        with self._lock:
+            self._away = True
+            _shut(*self._sockets)
+
+    def back(self) -> None:
+        with self._lock:
+            self._away = False
 
     def close(self) -> None:
         """Stop listening and close every connection."""
@@ -44,6 +55,8 @@ class Proxy:
                 server = socket.create_connection(self._target)
                 with self._lock:
                     self._sockets |= {client, server}
+                    if self._away:
+                        _shut(client, server)
                 losing = threading.Event()
                 for run in (self._requests, self._replies):
                     threading.Thread(target=run, args=(client, server, losing), daemon=True).start()

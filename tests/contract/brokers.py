@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict, Unpack
 
 from idemq.broker import Source
 from idemq.message import Message
@@ -21,6 +23,17 @@ from tests.servers import eventually
 
 #: A message to publish: its id (None: none at all) and its body.
 Sent = tuple[str | None, bytes]
+
+JSON = "application/json"
+
+
+class Properties(TypedDict, total=False):
+    """What a publisher says of a message; by default that it is JSON."""
+
+    content_type: str
+    encoding: str
+    sent_at: datetime
+
 
 #: It tells redelivered messages from new ones.
 MARKS = "marks redelivered messages"
@@ -55,8 +68,16 @@ class Broker(Protocol):
         """The same source on a server that does not answer; None where there is no server."""
         ...
 
-    def publish(self, messages: Iterable[Sent], headers: Mapping[str, Any] | None = None) -> None:
-        """Publish in this order; returns when the broker has confirmed all."""
+    def publish(
+        self,
+        messages: Iterable[Sent],
+        headers: Mapping[str, Any] | None = None,
+        **properties: Unpack[Properties],
+    ) -> None:
+        """Publish in this order; returns when the broker has confirmed all.
+
+        Without `sent_at` the broker's client says what it says by itself: now, or nothing (RabbitMQ).
+        """
         ...
 
     def left(self) -> int:
@@ -95,15 +116,21 @@ class EmbeddedBroker:
     def unreachable(self) -> Source | None:
         return None
 
-    def publish(self, messages: Iterable[Sent], headers: Mapping[str, Any] | None = None) -> None:
+    def publish(
+        self,
+        messages: Iterable[Sent],
+        headers: Mapping[str, Any] | None = None,
+        **properties: Unpack[Properties],
+    ) -> None:
         embedded = self._open()
-        embedded.publish_many(
-            self.name,
-            [
-                Message(body=body, id=id, headers=headers or {}, content_type="application/json")
-                for id, body in messages
-            ],
+        common = Message(
+            body=b"",
+            headers=headers or {},
+            content_type=properties.get("content_type", JSON),
+            content_encoding=properties.get("encoding", "utf-8"),
+            sent_at=properties.get("sent_at"),
         )
+        embedded.publish_many(self.name, [replace(common, id=id, body=body) for id, body in messages])
         embedded.close()
 
     def left(self) -> int:
@@ -159,17 +186,24 @@ class RabbitBroker:
 
         return RabbitMQ("amqp://guest:verysecret@127.0.0.1:1//", connect_timeout=2).queue(self.name)
 
-    def publish(self, messages: Iterable[Sent], headers: Mapping[str, Any] | None = None) -> None:
+    def publish(
+        self,
+        messages: Iterable[Sent],
+        headers: Mapping[str, Any] | None = None,
+        **properties: Unpack[Properties],
+    ) -> None:
+        timestamp = {"timestamp": int(properties["sent_at"].timestamp())} if "sent_at" in properties else {}
         with self._connection() as connection, connection.Producer(serializer=None) as producer:
             for id, body in messages:
                 producer.publish(
                     body,
                     exchange="",
                     routing_key=self.name,
-                    content_type="application/json",
-                    content_encoding="utf-8",
+                    content_type=properties.get("content_type", JSON),
+                    content_encoding=properties.get("encoding", "utf-8"),
                     delivery_mode=2,
                     headers=dict(headers or {}),
+                    **timestamp,
                     **({} if id is None else {"message_id": id}),
                 )
 
@@ -226,22 +260,36 @@ class KafkaBroker:
 
         return Kafka("127.0.0.1:1").topic(self.name, group=self.name)
 
-    def publish(self, messages: Iterable[Sent], headers: Mapping[str, Any] | None = None) -> None:
-        asyncio.run(self._publish(list(messages), headers or {}))
+    def publish(
+        self,
+        messages: Iterable[Sent],
+        headers: Mapping[str, Any] | None = None,
+        **properties: Unpack[Properties],
+    ) -> None:
+        named = {"content-type": properties.get("content_type", JSON), **(headers or {})}
+        if "encoding" in properties:
+            named["content-encoding"] = properties["encoding"]
+        when = int(properties["sent_at"].timestamp() * 1000) if "sent_at" in properties else None
+        asyncio.run(self._publish(list(messages), named, when))
 
-    async def _publish(self, messages: list[Sent], headers: Mapping[str, str]) -> None:
+    async def _publish(self, messages: list[Sent], headers: Mapping[str, Any], when: int | None) -> None:
         from aiokafka import AIOKafkaProducer
 
         producer = AIOKafkaProducer(bootstrap_servers=self.address, acks="all", enable_idempotence=True)
         try:
             await producer.start()
-            fixed = [(name, value.encode()) for name, value in headers.items()]
+            fixed = [
+                (name, each.encode() if isinstance(each, str) else each)
+                for name, value in headers.items()
+                for each in (value if isinstance(value, list) else [value])
+            ]
             await asyncio.gather(
                 *[
                     await producer.send(
                         self.name,
                         body,
                         partition=number % self.partitions,
+                        timestamp_ms=when,
                         headers=fixed if id is None else [*fixed, ("message-id", id.encode())],
                     )
                     for number, (id, body) in enumerate(messages)
@@ -263,6 +311,20 @@ KINDS: dict[str, type[Broker]] = {
     "rabbitmq-classic": RabbitBroker,
     "kafka": KafkaBroker,
 }
+
+
+@contextmanager
+def another(broker: Broker) -> Iterator[Broker]:
+    """A second queue on the same broker."""
+    assert isinstance(broker, EmbeddedBroker | RabbitBroker | KafkaBroker)
+    made = replace(broker, name=f"{broker.name}-second")
+    if isinstance(made, EmbeddedBroker):
+        made.address += "-second"
+    made.create()
+    try:
+        yield made
+    finally:
+        made.remove()
 
 
 def spec(broker: Broker) -> str:

@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL
 
 from idemq import Message, Reject
-from tests.contract.brokers import Broker, EmbeddedBroker, spec
-from tests.contract.running import Act, Shop
+from idemq.payload import MAX_BODY_BYTES
+from tests.contract.brokers import Broker, Properties, spec
+from tests.contract.running import Make, once_each, sent
 from tests.servers import eventually
 
 pytestmark = pytest.mark.hazard("H43")
-
-Make = Callable[..., Shop]
-
-
-@pytest.fixture(params=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def url(broker: Broker, request: pytest.FixtureRequest, tmp_path: Path) -> URL:
-    """The embedded broker goes with SQLite, so that no server is needed; the others with PostgreSQL."""
-    if isinstance(broker, EmbeddedBroker):
-        return make_url(f"sqlite:///{tmp_path / 'shop.db'}")
-    url: URL = request.getfixturevalue("postgres_url")
-    return url
-
-
-@pytest.fixture
-def make(broker: Broker, kind: str, url: URL) -> Iterator[Make]:
-    shops: list[Shop] = []
-
-    def shop(act: Act = lambda message: None, **options: Any) -> Shop:
-        shops.append(Shop(url, broker.source(), kind, act, **options))
-        return shops[-1]
-
-    yield shop
-    for each in shops:
-        each.dispose()
-
-
-def sent(*numbers: int) -> list[tuple[str | None, bytes]]:
-    return [(f"m{n}", b'{"n": %d}' % n) for n in numbers]
-
-
-def once_each(*numbers: int) -> Counter[str]:
-    return Counter(f"m{n}" for n in numbers)
 
 
 def test_each_message_is_processed_and_acknowledged(broker: Broker, make: Make) -> None:
@@ -105,21 +70,43 @@ def test_a_failed_handler_leaves_nothing_and_is_tried_again(broker: Broker, make
 
 @pytest.mark.hazard("H11")
 @pytest.mark.hazard("H25")
+@pytest.mark.hazard("S2")
 def test_what_cannot_be_judged_is_a_dead_letter_and_its_neighbours_get_through(
     broker: Broker, make: Make
 ) -> None:
     shop = make()
-    bad: list[tuple[str | None, bytes]] = [(None, b'{"n": 5}'), ("m6", b"not json")]
-    if not broker.kind.startswith("rabbitmq"):  # its message_id holds no more than 255 bytes
-        bad.append(("x" * 1025, b'{"n": 7}'))
-    broker.publish([*sent(1), *bad, *sent(2)])
-    with shop.running():
-        eventually(lambda: len(shop.dead()) == len(bad) and len(shop.counts()) == 2)
-    reasons = ["no id", "unreadable", "no id"]
-    assert sorted(shop.dead()) == sorted(
-        (reason, body) for reason, (_, body) in zip(reasons, bad, strict=False)
+    broker.publish(sent(1))
+    bad: list[tuple[str, bytes]] = []
+
+    def publish(
+        reason: str,
+        id: str | None,
+        body: bytes,
+        headers: Mapping[str, Any] | None = None,
+        **properties: Unpack[Properties],
+    ) -> None:
+        broker.publish([(id, body)], headers, **properties)
+        broker.publish(sent(100 + len(bad)))
+        bad.append((reason, body))
+
+    publish("no id", None, b'{"n": 5}')
+    publish("no id", None, b'{"n": 6}', {"message-id": "x" * 1025})
+    publish("unreadable", "not-json", b"not json")
+    publish("unreadable", "not-utf-8", b'{"n": "\xff"}')
+    publish("unreadable", "deep", b"[" * 100_000)
+    publish("unreadable", "empty", b"")
+    publish("unreadable", "type", b'{"n": 7}', content_type="application/x-python-serialize")
+    publish("unreadable", "encoding", b'{"n": 8}', encoding="nope")
+    publish("unreadable", "bomb", gzip.compress(bytes(MAX_BODY_BYTES + 1)), encoding="gzip")
+    publish(
+        "unreadable", "bomb2", gzip.compress(bytes(MAX_BODY_BYTES + 1)), {"compression": "application/x-gzip"}
     )
-    assert shop.counts() == once_each(1, 2)
+    if broker.kind == "kafka":
+        publish("no id", None, b'{"n": 9}', {"message-id": ["a", "b"]})
+    with shop.running():
+        eventually(lambda: len(shop.dead()) == len(bad) and len(shop.counts()) == len(bad) + 1)
+    assert shop.dead() == bad
+    assert shop.counts() == once_each(1, *range(100, 100 + len(bad)))
     assert broker.left() == 0
 
 
