@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from idemq.bridge import Clock, EventLoop, Tasks, Threads
 from idemq.broker import Delivery, Subscription
+from idemq.copies import Copies
 from idemq.failures import FAILED, JUDGED_BAD, RELEASED, SUSPECT, Job, Outcome
 from idemq.lanes import AsyncLane, Feed, Isolation, Item, Kept, Lane, Look, Suspicion, pause
 from idemq.message import Ack, Dead, Parked, Release, Verdict
@@ -60,8 +61,7 @@ class ConsumerWorker:
         self._lock = threading.Lock()
         self._stopping, self._told = False, float("-inf")
         self._unjudged = self._looks = 0
-        #: Keys being worked on here, each with the copies that wait for it: they never reach the database.
-        self._in_flight: dict[bytes, list[Item]] = {}
+        self._copies = Copies()
         self._kept: set[Item] = set()  # their twins are in flight elsewhere
         self._outage = Outage()
         self._keys = Keys(feed.consumer.lane if feed.consumer.ordered else None)
@@ -84,41 +84,33 @@ class ConsumerWorker:
         """The job to attempt now, or None when this is not the time or not our message any more."""
         if self._stopping or not item.delivery.start():
             item.delivery.drop()
-            self._lanes.put(self._outage.over(item, answered=False) + self._keys.settled(item))
+            self._lanes.put(self._outage.over(item, answered=False) + self._freed(item))
             return None
         if item.job is None:
             message, consumer = item.delivery.message, self.feed.consumer
             item.job = (consumer.suspect if self._suspicion.of(message) else consumer.job)(message)
-        if self._outage.holds(item):
+        if self._outage.holds(item) or self._copies.waits(item):
             item.delivery.rest()
             return None
-        key = item.job.key if item.job.row is None else None
-        with self._lock:
-            if key is not None and (waiting := self._in_flight.get(key)) is not None:
-                item.delivery.rest()
-                waiting.append(item)
-                return None
-            if key is not None:
-                self._in_flight[key] = []
         if self.feed.consumer.deadline is not None:
             self._timed.begin(item)
         return item.job
 
     def settle(self, item: Item, verdict: Verdict) -> None:
-        """Act on the verdict, then let the copies that waited for this one go on."""
+        """Act on the verdict, then let what waited for this one go on."""
         outcome = self._act(item, verdict)
-        key = item.job.key if item.job is not None and item.job.row is None else None
         with self._lock:
             self.counts[outcome] += 1
-            waiting = self._in_flight.pop(key, []) if key is not None else []
             if not isinstance(verdict, Release):
                 self._kept.discard(item)
         if self.feed.consumer.deadline is not None:
             self._timed.end(item)
-        if not isinstance(verdict, Release):
-            waiting = waiting + self._keys.settled(item)
-        if waiting:
-            self._lanes.put(waiting)
+        if not isinstance(verdict, Release) and (freed := self._freed(item)):
+            self._lanes.put(freed)
+
+    def _freed(self, item: Item) -> list[Item]:
+        """What waited for `item`, which is settled, or not ours any more."""
+        return self._copies.settled(item) + self._keys.settled(item)
 
     def _act(self, item: Item, verdict: Verdict) -> str:
         if not (isinstance(verdict, Release) and verdict.outage):
