@@ -50,19 +50,21 @@ class Consumer:
 
     def job(self, message: Message) -> Job:
         """Never raises: what cannot be judged becomes a job that is buried."""
+        lane = None
         try:
+            # Of the message as it was delivered, which is what `lane` sees.
+            lane = lane_of(message, self.key(message)) if self.ordered else None
             identifier = message_id(message, self.id)
             if message.id != identifier:
                 message = replace(message, id=identifier)
             job = Job(message, key_of(identifier), self.fingerprint(message))
-            if self.ordered:
-                job.lane = lane_of(message, self.key(message))
             job.bad = BadMessage(message.unreadable) if message.unreadable else None
-        except BaseException as error:  # also from the user's id= and fingerprint= functions
+        except BaseException as error:  # also from the user's functions for key, id, fingerprint
             if not isinstance(error, Exception) and not self.parks:
                 raise  # in place, Ctrl-C and exits are the caller's; here they would end a lane, each time
             bad = error if isinstance(error, BadMessage) else BadMessage(f"{type(error).__name__}: {error}")
             job = Job(message, None, None, bad=BadMessage(message.unreadable) if message.unreadable else bad)
+        job.lane = lane
         if job.bad is not None:
             job.outcome = Outcome(getattr(job.bad, "reason", "unreadable"), job.bad)
         return job
@@ -71,7 +73,7 @@ class Consumer:
         """Never raises; a message whose key cannot be told is buried by `job`."""
         try:
             return lane_of(message, self.key(message))
-        except Exception:
+        except BaseException:  # SystemExit would end the broker's thread
             return lane_of(message, None)
 
     def suspect(self, message: Message) -> Job:

@@ -68,6 +68,8 @@ class Row:
     pk: bytes
     owner: bytes
     owns_claim: bool
+    #: Its place among the rows of its key.
+    seq: int
 
 
 @dataclass(slots=True)
@@ -120,7 +122,7 @@ def put(
             outcome, owns = _broke(outcome), True
         else:
             if row is not None:
-                connection.execute(delete(table).where(mine(table, row)))
+                _give_way(connection, table, consumer, job, row)
             return Ack(duplicate=True)
     now = ledger.now(connection)
     changes = _changes(job, outcome, now)
@@ -134,8 +136,6 @@ def put(
             return None
         outcome, owns = _broke(outcome), True
         changes = _changes(job, outcome, now) | {"owns_claim": True, "identity": job.key}
-    if owns and job.lane is not None and _took_over(connection, table, consumer, job, changes):
-        return outcome.verdict()
     if not owns:
         changes |= {"owns_claim": False, "identity": _identity(job)}
     if _counted_as_copy(connection, table, consumer, changes["identity"], now):
@@ -154,13 +154,12 @@ def _insert(
     connection.execute(insert(table).values(pk=uuid4().bytes, **whole))
 
 
-def _took_over(
-    connection: Connection, table: Table, consumer: int, job: Job, changes: dict[str, Any]
-) -> bool:
-    """Somebody else, who could not wait for our claim, has parked it without one: that row keeps its place
-    before those that came after it."""
-    same = (table.c.consumer == consumer) & (table.c.identity == _identity(job))
-    return _changed(connection, table, same & (table.c.state == WAITING) & ~table.c.owns_claim, changes)
+def _give_way(connection: Connection, table: Table, consumer: int, job: Job, row: Row) -> None:
+    """The row of a message that was parked unclaimed goes. Where who had the claim has parked it as well,
+    that row gets its place, before those that were parked behind it."""
+    if connection.execute(delete(table).where(mine(table, row))).rowcount and job.lane is not None:
+        twin = (table.c.consumer == consumer) & (table.c.identity == job.key) & (table.c.seq > row.seq)
+        connection.execute(update(table).where(twin).values(seq=row.seq))
 
 
 def _changed(connection: Connection, table: Table, which: Any, changes: dict[str, Any]) -> bool:
@@ -206,7 +205,7 @@ def _changes(job: Job, outcome: Outcome, now: datetime) -> dict[str, Any]:
         "error": error_text(outcome.error) if outcome.error is not None else None,
         "last_at": now,
     }
-    if outcome.reason != RELEASED:  # that was not begun at all, so what is known of it stays
+    if outcome.reason not in (RELEASED, BEHIND):  # not begun at all, so what is known of it stays
         # Of a suspect an earlier delivery was begun, and nobody knows how that ended.
         changes["starts"] = 1 if outcome.reason == SUSPECT else 0
     return changes

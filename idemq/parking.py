@@ -165,12 +165,15 @@ class Parking:
         )
         transaction.commit()
 
-    def behind(self, connection: Connection, lane: bytes) -> int:
-        """How many messages of a key are parked and hold what comes after them, up to `MOST_BEHIND`."""
+    def behind(self, connection: Connection, job: Job) -> int:
+        """How many messages of its key are parked and hold this one, up to `MOST_BEHIND`."""
         table = self._table
-        held = (
-            (table.c.consumer == self._consumer) & (table.c.lane == lane) & table.c.state.in_(self._holding)
-        )
+        if not self._ordered or job.lane is None:
+            return 0
+        held = (table.c.consumer == self._consumer) & (table.c.lane == job.lane)
+        held &= table.c.state.in_(self._holding)
+        if job.row is not None:
+            held &= table.c.seq < job.row.seq
         if connection.execute(select(table.c.seq).where(held).limit(1)).first() is None:
             return 0
         some = select(table.c.seq).where(held).limit(MOST_BEHIND).subquery()
@@ -216,7 +219,7 @@ class Parking:
         else:  # it had no usable id when it was buried; the consumer's rule may have been mended
             job = self._judge(message)
         job.lane = row["lane"]
-        job.row = Row(row["pk"], row["owner"], row["owns_claim"])
+        job.row = Row(row["pk"], row["owner"], row["owns_claim"], row["seq"])
         job.failures = row["attempts"]
         job.began = monotonic() - max(0.0, (now - row["first_at"]).total_seconds())
         if crashed:

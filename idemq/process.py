@@ -87,9 +87,9 @@ class Unit:
         owned = job.row is not None and job.row.owns_claim
         if claim.state == "fresh" and not owned and (reason := self._too_late(job)) is not None:
             job.outcome = Outcome(reason)
-        if claim.state == "fresh" and job.outcome is None and job.row is None and job.lane is not None:
-            behind = self.parking.behind(self.connection, job.lane)
-            if behind >= MOST_BEHIND:
+        if claim.state == "fresh" and job.outcome is None:
+            behind = self.parking.behind(self.connection, job)
+            if behind >= MOST_BEHIND and job.row is None:
                 self._transaction.rollback()
                 return Release(f"{behind} messages of its key are parked before it")
             job.outcome = Outcome(failures.BEHIND, None, 0.0) if behind else None
