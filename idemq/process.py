@@ -293,5 +293,5 @@ def released(error: BaseException) -> Release:
     """The verdict of an attempt that ended in an error outside the handler: never counted as a failure."""
     if isinstance(error, InFlight):
         return Release("its twin is still in flight", twin=True)
-    contention = isinstance(error, DBAPIError) and is_contention(error)
-    return Release(words(error), outage=not contention)
+    refused = isinstance(error, DBAPIError) and not is_contention(error)  # a missing table stops all, too
+    return Release(words(error), outage=refused or is_outage(error))
