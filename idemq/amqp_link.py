@@ -45,6 +45,7 @@ class Link:
         self._rest = b""
         self._settled = Settled()
         self._tag: str | None = None
+        self._sole = False
         self._ticked = 0.0
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
@@ -91,7 +92,10 @@ class Link:
         """Make a durable queue; raises amqp's `PreconditionFailed` when it exists and differs."""
         self._channel.queue_declare(queue, durable=True, auto_delete=False, arguments=dict(arguments))
 
-    def consume(self, queue: str, prefetch: int) -> None:
+    def consume(self, queue: str, prefetch: int, *, sole: bool = False) -> None:
+        """`sole`: the queue has a single active consumer, and the next one begins when the connection ends,
+        with what is not acknowledged then. Were this one cancelled before, the next would begin behind it."""
+        self._sole = sole
         self._channel.basic_qos(0, prefetch, False)
         self._tag = self._channel.basic_consume(queue)
 
@@ -102,7 +106,7 @@ class Link:
     def cancel(self) -> None:
         """Ask for no more deliveries; some may be on their way."""
         tag, self._tag = self._tag, None
-        if tag is not None:
+        if tag is not None and not self._sole:
             self._channel.basic_cancel(tag, nowait=True)
 
     def watch(self, wakeup: socket.socket) -> None:
@@ -193,10 +197,11 @@ class Link:
         """End in order, in at most `seconds`: the broker has taken what was acknowledged before."""
         # RabbitMQ passes on 32 acknowledgements to a quorum queue and holds the others back until those are
         # written; the end of the connection would have it forget them. To cancel a consumer waits for the
-        # writing, and the answer to one request more for the rest to be passed on.
+        # writing, and the answer to one request more for the rest to be passed on. (What is forgotten of a
+        # sole consumer's comes again, and its claims absorb it.)
         self._give_up = time.monotonic() + seconds
         tag, self._tag = self._tag, None
-        if tag is not None:
+        if tag is not None and not self._sole:
             self._channel.basic_cancel(tag)
         self._channel.basic_qos(0, 1, False)
         self._connection.close()

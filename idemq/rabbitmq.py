@@ -135,8 +135,12 @@ class Queue:
         finally:
             link.sever()
 
+    @property
+    def _single(self) -> bool:
+        return self._arguments.get("x-single-active-consumer") is True
+
     def orders(self) -> None:
-        if self._arguments.get("x-single-active-consumer") is not True:
+        if not self._single:
             raise SetupError(
                 f"{self.description} shares its messages out between consumers, in no order: make it a queue "
                 "with a single active consumer, and say so with "
@@ -163,7 +167,7 @@ class Queue:
             if self._declare or self._arguments:
                 link.declare(self.name, self._arguments)
             if prefetch is not None:
-                link.consume(self.name, prefetch)
+                link.consume(self.name, prefetch, sole=self._single)
         except BaseException as error:
             link.sever()
             if isinstance(error, amqp.ChannelError):

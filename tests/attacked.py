@@ -6,6 +6,7 @@ message is named in the file `hold` waits, in its transaction, until that file i
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -36,7 +37,8 @@ def act(message: Message) -> None:
 def source(broker: Broker) -> Source:
     """As quick as the servers allow to notice who is frozen."""
     if isinstance(broker, RabbitBroker):
-        return RabbitMQ(broker.address, heartbeat=1).queue(broker.name)
+        arguments = broker.arguments if broker.single else None
+        return RabbitMQ(broker.address, heartbeat=1).queue(broker.name, arguments=arguments)
     return broker.source()
 
 
@@ -45,7 +47,8 @@ def __getattr__(name: str) -> App:
         raise AttributeError(name)
     url = make_url(os.environ["ATTACKED_DATABASE"])
     broker = attach(os.environ["ATTACKED_BROKER"])
-    return Shop(url, source(broker), os.environ["ATTACKED_KIND"], act, prepare=False, concurrency=2).app
+    options = {"concurrency": 2} | json.loads(os.environ["ATTACKED_OPTIONS"])
+    return Shop(url, source(broker), os.environ["ATTACKED_KIND"], act, prepare=False, **options).app
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Field:
     url: URL
     broker: Broker
     kind: str
+    #: Of the consumer.
+    options: dict[str, object] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
@@ -64,6 +69,7 @@ class Field:
             "ATTACKED_DATABASE": self.url.render_as_string(hide_password=False),
             "ATTACKED_BROKER": spec(self.broker),
             "ATTACKED_KIND": self.kind,
+            "ATTACKED_OPTIONS": json.dumps(self.options),
             "PYTHONPATH": os.getcwd(),
         }
         command = [sys.executable, "-m", "idemq", "run", "tests.attacked:app", *options]

@@ -143,18 +143,20 @@ class EmbeddedBroker:
 
 @dataclass
 class RabbitBroker:
-    """A durable queue on RabbitMQ, of the type `quorum` or `classic`."""
+    """A durable queue on RabbitMQ, of the type `quorum` or `classic`; `single`: for one consumer at a time."""
 
     address: str
     name: str
     kind: str = "rabbitmq"
+    single: bool = False
 
     features: ClassVar = frozenset({MARKS, SINGLY, TYPED})
     large: ClassVar = 5_000_000
 
     @property
-    def _type(self) -> str:
-        return "classic" if self.kind.endswith("classic") else "quorum"
+    def arguments(self) -> dict[str, Any]:
+        kind = "classic" if self.kind.endswith("classic") else "quorum"
+        return {"x-queue-type": kind} | ({"x-single-active-consumer": True} if self.single else {})
 
     def _connection(self) -> Any:
         from kombu import Connection
@@ -163,8 +165,7 @@ class RabbitBroker:
 
     def create(self) -> None:
         with self._connection() as connection, connection.channel() as channel:
-            arguments = {"x-queue-type": self._type}
-            channel.queue_declare(self.name, durable=True, auto_delete=False, arguments=arguments)
+            channel.queue_declare(self.name, durable=True, auto_delete=False, arguments=self.arguments)
 
     def remove(self) -> None:
         with self._connection() as connection, connection.channel() as channel:
@@ -174,7 +175,7 @@ class RabbitBroker:
     def source(self) -> Source:
         from idemq.rabbitmq import RabbitMQ
 
-        return RabbitMQ(self.address).queue(self.name)
+        return RabbitMQ(self.address).queue(self.name, arguments=self.arguments if self.single else None)
 
     def missing(self, *, declare: bool = False) -> Source:
         from idemq.rabbitmq import RabbitMQ

@@ -37,7 +37,13 @@ class Payment:
 class Shop:
     """An app whose one consumer writes a row for each message, in a sync or an async handler."""
 
-    effects = Table("effects", MetaData(), Column("n", Integer), Column("id", String(1000)))
+    effects = Table(
+        "effects",
+        MetaData(),
+        Column("seq", Integer, primary_key=True),
+        Column("n", Integer),
+        Column("id", String(1000)),
+    )
 
     def __init__(
         self,
@@ -109,6 +115,11 @@ class Shop:
         """How many effects each id has."""
         with self.engine.connect() as connection:
             return Counter(connection.execute(select(self.effects.c.id)).scalars())
+
+    def order(self) -> list[str]:
+        """The ids of the effects, in the order in which they were written."""
+        with self.engine.connect() as connection:
+            return list(connection.scalars(select(self.effects.c.id).order_by(self.effects.c.seq)))
 
     def dead(self) -> list[tuple[str, bytes]]:
         """Reason and body of each dead letter."""
