@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine
@@ -138,10 +139,19 @@ class AsyncUnit:
     """`SyncUnit` for async handlers: the same decisions, reached through `run_sync`."""
 
     def __init__(
-        self, engine: AsyncEngine, consumer: Consumer, number: int, *, trigger: bool = False
+        self,
+        engine: AsyncEngine,
+        consumer: Consumer,
+        number: int,
+        *,
+        trigger: bool = False,
+        apart: bool = False,
     ) -> None:
+        """`apart`: a handler runs in a task of its own, so that what it does to its task, at once or by a
+        timer that it forgot, reaches neither ours nor the next message. Nobody but the end of the process
+        cancels our task then. Otherwise the handler runs in our task, which is the caller's to cancel."""
         self._engine, self._consumer = engine, consumer
-        self._number, self._trigger = number, trigger
+        self._number, self._trigger, self._apart = number, trigger, apart
         self._connection: AsyncConnection | None = None
         self._unit: Unit | None = None
         self._process = os.getpid()
@@ -163,15 +173,6 @@ class AsyncUnit:
         finally:
             if self._unit is not None and self._unit.spoiled:
                 await self._discard()
-
-    async def failed(self, job: Job, error: BaseException) -> Verdict:
-        """An attempt came to its end outside `run`: its task was cancelled from inside."""
-        try:
-            _, unit = await self._connected()
-            return await self._put(job, unit.failed(job, error))
-        except Exception as refused:
-            await self._discard()
-            return released(refused)
 
     async def _put(self, job: Job, outcome: Outcome) -> Verdict:
         job.outcome = outcome
@@ -215,16 +216,20 @@ class AsyncUnit:
             arguments = handler.arguments(
                 message=job.message, payload=payload, session=session, connection=connection
             )
-            call, deadline = handler.function(**arguments), self._consumer.deadline
-            result = await (call if deadline is None else _within(call, deadline))
+            call = partial(_call, handler.function, arguments, self._consumer.deadline)
+            result = await (_apart(call) if self._apart else call())
             _refuse_unfinished(result)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError) and _cancelling():
                 raise  # our own task is to end; a CancelledError from the handler's inside is its failure
+            if isinstance(error, _TaskCancelled):
+                await self._discard()
+                return unit.failed(job, asyncio.CancelledError("the handler's task was cancelled"))
             failure, sync = error, session.sync_session if session else None
             return await uninterrupted(connection.run_sync(lambda _: unit.fail(job, sync, failure)))
         sync = session.sync_session if session else None
-        return await uninterrupted(connection.run_sync(lambda _: unit.finish(job, sync)))
+        end = connection.run_sync(lambda _: unit.finish(job, sync))
+        return await (end if self._apart else uninterrupted(end))
 
     async def _discard(self) -> None:
         unit, self._unit = self._unit, None
@@ -239,6 +244,35 @@ class AsyncUnit:
         connection, self._connection = self._connection, None
         if connection is not None and unit is not None and self._process == os.getpid():
             await connection.run_sync(lambda _: unit.close())
+
+
+class _TaskCancelled(asyncio.CancelledError):
+    """The handler's own task was cancelled: nobody knows what its driver made of that."""
+
+
+async def _apart(call: Callable[[], Awaitable[object]]) -> object:
+    """The result of `call`, or what it raised, from a task of its own. Cancelling ours cancels that one."""
+    try:
+        result, error = await asyncio.ensure_future(_ended(call))
+    except asyncio.CancelledError:  # before it began, or after it ended
+        raise _TaskCancelled from None
+    if error is not None:
+        raise error
+    return result
+
+
+async def _ended(call: Callable[[], Awaitable[object]]) -> tuple[object, BaseException | None]:
+    try:
+        return await call(), None
+    except BaseException as error:  # SystemExit would end the event loop
+        if _cancelling():  # asyncmy makes an error of its own out of a cancellation
+            return None, _TaskCancelled()
+        return None, error
+
+
+async def _call(function: Callable[..., Any], arguments: dict[str, Any], deadline: float | None) -> object:
+    call = function(**arguments)
+    return await (call if deadline is None else _within(call, deadline))
 
 
 async def _within(call: Awaitable[object], deadline: float) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import Counter
 from contextlib import suppress
@@ -17,7 +16,7 @@ from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
 from idemq.broker import Delivery, Source
 from idemq.declared import Consumer
 from idemq.failures import Job
-from idemq.message import Message, Release, Verdict
+from idemq.message import Message, Release
 from idemq.packing import shown
 from idemq.parking import LEASE, Found
 
@@ -190,7 +189,7 @@ class AsyncLane:
     def __init__(self, worker: ConsumerWorker, engine: AsyncEngine) -> None:
         feed = worker.feed
         self._worker = worker
-        self._unit = AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
+        self._unit = AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger, apart=True)
         self._picking = _Picking()
 
     async def run(self, item: Item | Look) -> None:
@@ -206,7 +205,7 @@ class AsyncLane:
     async def _one(self, item: Item) -> None:
         job = self._worker.take(item)
         if job is not None:
-            self._worker.settle(item, await attempt(self._unit, job))
+            self._worker.settle(item, await self._unit.run(job))
 
     async def _look(self) -> None:
         worker, picking = self._worker, self._picking
@@ -223,16 +222,6 @@ class AsyncLane:
             with suppress(Exception):  # the database is away: the lease ends
                 await self._unit.give_back(self._worker.owner)
         await self._unit.close()
-
-
-async def attempt(unit: AsyncUnit, job: Job) -> Verdict:
-    """One attempt, in a task of its own: what a handler does to its task, at once or by a timer that it
-    forgot, must reach neither the lane nor the next message."""
-    running = asyncio.ensure_future(unit.run(job))
-    await asyncio.wait({running})
-    if running.cancelled():  # only the handler can have done that
-        return await unit.failed(job, asyncio.CancelledError("the handler's task was cancelled"))
-    return running.result()
 
 
 def pause(releases: int) -> float:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.bridge import EventLoop
 from idemq.failures import RELEASED, Job, Outcome
-from idemq.lanes import Feed, attempt, pause
+from idemq.lanes import Feed, pause
 from idemq.message import Release, Verdict
 from idemq.overtime import OVERTIME
 from idemq.packing import shown
@@ -98,7 +98,7 @@ class Quarantine:
             if isinstance(cell.unit, SyncUnit):
                 return cell.unit.run(job)
             assert self._loop is not None
-            return self._loop.run(attempt(cell.unit, job))
+            return self._loop.run(cell.unit.run(job))
         finally:
             watch.cancel()
 
@@ -116,5 +116,5 @@ class Quarantine:
 
 def _unit(feed: Feed, engine: Engine | AsyncEngine) -> SyncUnit | AsyncUnit:
     if isinstance(engine, AsyncEngine):
-        return AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)
+        return AsyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger, apart=True)
     return SyncUnit(engine, feed.consumer, feed.number, trigger=feed.trigger)

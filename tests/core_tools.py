@@ -212,6 +212,7 @@ class Shop:
         engine: Engine | AsyncEngine | None = None,
         consumer: Consumer | None = None,
         trigger: bool = False,
+        apart: bool = False,
         **options: Any,
     ) -> Attempts:
         """A unit for a new consumer with `body` as its handler."""
@@ -221,7 +222,7 @@ class Shop:
         unit: SyncUnit | AsyncUnit
         if isinstance(engine, AsyncEngine):
             runner = asyncio.Runner()
-            unit = AsyncUnit(engine, consumer, number, trigger=trigger)
+            unit = AsyncUnit(engine, consumer, number, trigger=trigger, apart=apart)
         else:
             runner, unit = None, SyncUnit(engine, consumer, number, trigger=trigger)
         attempts = Attempts(consumer, unit, runner, engine)

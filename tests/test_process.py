@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, create_engine, event, insert, select, text
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from idemq import App
 from idemq.attempts import AsyncUnit
 from idemq.message import Ack, Dead, Message, Release, Verdict
-from tests.core_tools import PROCESSED, REPEATED, Attempts, Shop, effects, message, on, write
+from tests.core_tools import NOWHERE, PROCESSED, REPEATED, Attempts, Shop, effects, message, on, write
 from tests.proxy import proxy
 
 SERVERS = [
@@ -388,10 +388,13 @@ def test_a_driver_in_autocommit_mode_runs_nothing(shop: Shop) -> None:
 
 
 @pytest.mark.hazard("H42")
+@pytest.mark.parametrize("apart", [False, True], ids=["in our task", "in its own task"])
 @pytest.mark.parametrize("times", [1, 3])
 @on(("sqlite", "aiosqlite"), ("postgres", "psycopg async"), ("postgres", "asyncpg"), ("mariadb", "asyncmy"))
-def test_cancelled_at_random_points_claim_and_effect_stay_together(shop: Shop, times: int) -> None:
-    attempts = shop.attempts()
+def test_cancelled_at_random_points_claim_and_effect_stay_together(
+    shop: Shop, times: int, apart: bool
+) -> None:
+    attempts = shop.attempts(apart=apart)
     unit, runner = attempts.unit, attempts.runner
     assert isinstance(unit, AsyncUnit)
     assert runner is not None
@@ -440,6 +443,31 @@ def test_cancelled_at_random_points_claim_and_effect_stay_together(shop: Shop, t
             assert connection.execute(text(query)).scalar_one() == 0
     assert isinstance(attempts.engine, AsyncEngine)
     assert attempts.engine.sync_engine.pool.checkedout() == 1  # type: ignore[attr-defined]  # QueuePool's
+
+
+@pytest.mark.hazard("H42")
+@on(("postgres", "psycopg async"), ("postgres", "asyncpg"), ("mariadb", "asyncmy"))
+def test_a_handler_that_cancels_its_task_in_a_query_has_failed(shop: Shop) -> None:
+    query = text("SELECT pg_sleep(30)" if shop.kind == "postgresql" else "SELECT SLEEP(30)")
+    cancels = [True]
+
+    async def handler(session: AsyncSession) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if cancels[0]:
+            asyncio.get_running_loop().call_later(0.1, task.cancel)
+            await session.execute(query)
+
+    app = App(shop.new_engine())
+    app.consumer("shop", NOWHERE)(handler)
+    attempts = shop.attempts(consumer=app.consumers["shop"].consumer, engine=app.async_engine, apart=True)
+    job = attempts.consumer.job(message())
+    verdict = attempts(job)
+    assert isinstance(verdict, Release)
+    assert (verdict.failed, verdict.cause) == (True, "CancelledError: the handler's task was cancelled")
+    assert (job.failures, shop.effects(), shop.claims()) == (1, [], 0)
+    cancels[0] = False
+    assert attempts(job) == PROCESSED
 
 
 def own_engine(url: Any, style: str) -> Engine:
