@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from idemq import RetryLater, letters, parking, process
-from idemq.errors import Reject
+from idemq import App, RetryLater, letters, parking, process
+from idemq.embedded import Embedded
+from idemq.errors import Reject, SetupError
 from idemq.failures import RELEASED, WAITING, Outcome
-from idemq.message import Dead, Message, Parked, Release
-from tests.core_tools import PROCESSED, REPEATED, Attempts, Shop, on, write
+from idemq.kafka import Kafka
+from idemq.lanes import Item, Kept
+from idemq.message import Dead, Message, Parked, Release, lane_of
+from idemq.ordering import Keys
+from idemq.rabbitmq import RabbitMQ
+from tests.core_tools import NOWHERE, PROCESSED, REPEATED, Attempts, Shop, on, write
 
 COUNTED = [("sqlite", "pysqlite"), ("postgres", "psycopg"), ("postgres", "asyncpg"), ("mariadb", "pymysql")]
 SERVERS = COUNTED[1:]
@@ -403,3 +409,69 @@ def test_a_row_that_was_picked_too_early_goes_back_to_its_place(shop: Shop) -> N
     part.acts.clear()
     drain(shop, attempts)
     assert shop.effects() == ["a1", "a2"]
+
+
+# ---- in one process, and at the declaration
+
+
+def keys(*numbers: int) -> list[Item]:
+    """Items of the key that is the number's last digit."""
+    return [Item(Kept(Message(id=f"{number}", body=b"", key=b"%d" % (number % 10)))) for number in numbers]
+
+
+def test_keys_let_one_item_of_a_key_begin_and_the_next_when_it_is_settled() -> None:
+    lane = Keys(lambda message: lane_of(message, message.key))
+    items = keys(1, 11, 2, 21, 12)
+    assert lane.admit(items) == [items[0], items[2]]
+    assert lane.settled(items[0]) == [items[1]]
+    assert lane.settled(items[0]) == []  # once only
+    assert lane.clear() == [items[3], items[4]]
+    assert (lane.settled(items[1]), lane.settled(items[2])) == ([], [])
+    again = keys(1, 11)
+    assert lane.admit(again) == [again[0]]
+
+
+def test_what_is_not_ordered_waits_for_nothing() -> None:
+    lane, items = Keys(None), keys(1, 11)
+    assert lane.admit(items) == items
+    assert lane.settled(items[0]) == lane.clear() == []
+
+
+@pytest.mark.hazard("H35")
+@pytest.mark.parametrize(
+    "rule", ["shop-key", lambda message: message.headers["shop-key"]], ids=["header", "function"]
+)
+@on(("sqlite", "pysqlite"))
+def test_the_key_may_be_a_header_or_what_a_function_says(shop: Shop, rule: Any) -> None:
+    part = Part({"a1": failing})
+    attempts = opened(shop, part, key=rule)
+    assert attempts(keyed("a1", headers={"shop-key": "a"})) == MINUTE
+    assert attempts(keyed("a2", headers={"shop-key": "a"})) == BEHIND
+    assert attempts(keyed("b1", headers={"shop-key": b"b"})) == PROCESSED
+    assert attempts(keyed("c1", headers={"shop-key": 7})) == PROCESSED
+
+
+@pytest.mark.hazard("H35")
+@on(("sqlite", "pysqlite"))
+def test_the_key_is_told_once_for_the_process_and_for_the_table(shop: Shop) -> None:
+    """Of the message as it was delivered, also where the id comes from somewhere else."""
+    attempts = opened(shop, id="shop-id", key=lambda message: message.id)
+    given = Message(id="of the broker", body=b"a1", headers={"shop-id": "a1"})
+    assert attempts.consumer.job(given).lane == attempts.consumer.lane(given)
+
+
+@pytest.mark.hazard("H35")
+def test_a_source_without_an_order_is_refused_and_so_is_a_wrong_rule(tmp_path: Path) -> None:
+    def handler(message: Message) -> None: ...
+
+    app, rabbit = App(f"sqlite:///{tmp_path / 'shop.db'}"), RabbitMQ("amqp://localhost")
+    embedded = Embedded(str(tmp_path / "broker.db"))
+    unordered = ((embedded.queue("q"), "ordered=True"), (rabbit.queue("q"), "x-single-active-consumer"))
+    for source, remedy in unordered:
+        with pytest.raises(SetupError, match=remedy):
+            app.consumer("a", source, ordered=True)(handler)
+    with pytest.raises(SetupError, match="key="):
+        app.consumer("a", NOWHERE, ordered=True, key=3)(handler)  # type: ignore[arg-type]  # what it refuses
+    single = rabbit.queue("q", arguments={"x-single-active-consumer": True})
+    app.consumer("a", single, ordered=True)(handler)
+    app.consumer("b", Kafka("localhost").topic("t", group="g"), ordered=True)(handler)

@@ -143,7 +143,7 @@ class EmbeddedBroker:
 
 @dataclass
 class RabbitBroker:
-    """A durable queue on RabbitMQ, of the type `quorum` or `classic`; `single`: for one consumer at a time."""
+    """A durable queue on RabbitMQ, `quorum` or `classic`; `single`: for one consumer at a time."""
 
     address: str
     name: str
