@@ -176,31 +176,31 @@ class Stage:
                 return
 
     def _wait_for_the_end(self) -> None:
-        last, changed = (-1, -1, -1), time.monotonic()
+        last, changed = (-1, -1, -1, -1), time.monotonic()
         while True:
             self.staff()
             counts = self.broker.left(self.name), *self.unfinished()
-            if not any(counts):
+            held, missing, parked, _ = counts
+            if not held + missing + parked:
                 return
             if counts != last:
                 last, changed = counts, time.monotonic()
-            held, missing, parked = counts
             patience = PATIENCE_PARKED if parked else PATIENCE if held else PATIENCE / 6
             if time.monotonic() - changed > patience:
                 return  # the checker says what is missing
             self.show({"left": held, "missing": missing, "parked": parked})
             time.sleep(0.5)
 
-    def unfinished(self) -> tuple[int, int]:
-        """Published ids without an effect and without a row, and how many wait in a row."""
+    def unfinished(self) -> tuple[int, int, int]:
+        """Published ids that have not come to an end, how many wait in a row, and the tries of those."""
         published = {line.split()[0] for line in self.published.read_text().splitlines()}
         query = (
             "SELECT (SELECT count(*) FROM (SELECT id FROM effects UNION "
             "SELECT identity FROM idemq_failed WHERE state = 2) AS ended), "
-            "(SELECT count(*) FROM idemq_failed WHERE state = 1)"
+            "count(*), coalesce(sum(attempts + starts + crashes), 0) FROM idemq_failed WHERE state = 1"
         )
-        ended, parked = self.ask(query)
-        return len(published) - ended, parked
+        ended, parked, tries = self.ask(query)
+        return len(published) - ended, parked, tries
 
     def effects(self) -> int:
         return self.ask("SELECT count(*) FROM effects")[0]
