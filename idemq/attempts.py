@@ -69,9 +69,9 @@ class SyncUnit:
             self._discard()
             return released(error)
 
-    def give_back(self, owner: bytes) -> None:
-        """`process.Unit.give_back`. Raises database errors."""
-        self._opened().give_back(owner)
+    def lease(self, owner: bytes, *, alone: bool | None = None) -> None:
+        """`Parking.lease`. Raises database errors."""
+        self._opened().lease(owner, alone=alone)
 
     def _opened(self) -> Unit:
         """A unit that can be used."""
@@ -188,10 +188,10 @@ class AsyncUnit:
             await self._discard()
             return released(error)
 
-    async def give_back(self, owner: bytes) -> None:
-        """`process.Unit.give_back`. Raises database errors."""
+    async def lease(self, owner: bytes, *, alone: bool | None = None) -> None:
+        """`Parking.lease`. Raises database errors."""
         connection, unit = await self._connected()
-        await connection.run_sync(lambda _: unit.give_back(owner))
+        await connection.run_sync(lambda _: unit.lease(owner, alone=alone))
 
     async def _connected(self) -> tuple[AsyncConnection, Unit]:
         """A unit that can be used, and its connection."""

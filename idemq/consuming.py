@@ -27,7 +27,7 @@ from idemq.ordering import Keys
 from idemq.outage import Outage
 from idemq.overtime import Timed
 from idemq.packing import shown
-from idemq.parking import KEEP, LEASE_ALONE, LOOK_EVERY, Found
+from idemq.parking import KEEP, LEASE, LOOK_EVERY, Found
 
 log = logging.getLogger("idemq.worker")
 
@@ -101,8 +101,6 @@ class ConsumerWorker:
         outcome = self._act(item, verdict)
         with self._lock:
             self.counts[outcome] += 1
-            if not isinstance(verdict, Release):
-                self._kept.discard(item)
         if self.feed.consumer.deadline is not None:
             self._timed.end(item)
         if not isinstance(verdict, Release) and (freed := self._freed(item)):
@@ -110,6 +108,7 @@ class ConsumerWorker:
 
     def _freed(self, item: Item) -> list[Item]:
         """What waited for `item`, which is settled, or not ours any more."""
+        self._kept.discard(item)
         return self._copies.settled(item) + self._keys.settled(item)
 
     def _act(self, item: Item, verdict: Verdict) -> str:
@@ -180,12 +179,13 @@ class ConsumerWorker:
 
     def _database_away(self, item: Item, cause: str) -> None:
         item.delivery.rest()
-        rest = self._outage.found(item)
-        if rest is not None:
+        found = self._outage.found(item)
+        if found is not None:
+            rest, trying = found
             log.warning(
                 "%s: the database is away (%s); consuming rests %.1f s", self.name, shown(cause), rest
             )
-            self._clock.later(rest, lambda: self._lanes.put([item]))
+            self._clock.later(rest, lambda: self._lanes.put([trying]))
 
     def _database_answers(self, item: Item) -> None:
         if self._outage.lasts:
@@ -208,7 +208,7 @@ class ConsumerWorker:
         return {
             "inline": self._isolation is None,
             # Leases that ended while the database was away tell nothing of their owners.
-            "reap": self._outage.answering_for > 2 * LEASE_ALONE,
+            "reap": self._outage.answering_for > LEASE,
             "ended": self._isolation.ended(self.name) if self._isolation is not None else None,
         }
 
@@ -217,7 +217,8 @@ class ConsumerWorker:
         if isinstance(found, Release):
             if self._may_tell():
                 log.warning("%s: parked messages wait: %s", self.name, shown(found.cause))
-            self._outage.noticed()
+            if found.outage:
+                self._outage.noticed()
             return []
         if found.suspects and self._isolation is not None:
             self._isolation.start(self.name)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal
+
+from sqlalchemy import Connection
 
 from idemq import failures
 from idemq.errors import BadMessage, SetupError
 from idemq.failures import MAX_KEPT, Job, Outcome
 from idemq.handlers import Handler
-from idemq.ledger import WAIT
+from idemq.ledger import WAIT, Ledger
 from idemq.message import IdRule, Message, fingerprint_of, key_of, lane_of, message_id
+from idemq.packing import size
 from idemq.retry import Policy
 from idemq.sessions import Sessions
+
+#: Pruning forgets nothing that was sent less than so many seconds ago: no need to ask it.
+RECENT = 3600.0
+
+#: A time further than this from now, in seconds (negative: to come), is not believed.
+AHEAD = -300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +67,8 @@ class Consumer:
             identifier = message_id(message, self.id)
             if message.id != identifier:
                 message = replace(message, id=identifier)
+            if message.sent_at is not None and not 1 < message.sent_at.year < 9999:
+                message = replace(message, sent_at=None)  # not every database has a place for it
             job = Job(message, key_of(identifier), self.fingerprint(message))
             job.bad = BadMessage(message.unreadable) if message.unreadable else None
         except BaseException as error:  # also from the user's functions for key, id, fingerprint
@@ -79,10 +91,26 @@ class Consumer:
     def suspect(self, message: Message) -> Job:
         """The job of a message that may have ended the process that had it: it is parked, and not decoded."""
         job = self.job(message)
-        small = len(message.body or b"") < self.max_kept // 2
-        if self.parks and job.outcome is None and small:
-            job.outcome = Outcome(failures.SUSPECT, None, 0.0)
+        if self.parks and job.outcome is None and size(message) <= self.max_kept:
+            job.outcome, job.suspect = Outcome(failures.SUSPECT, None, 0.0), True
         return job
+
+
+def too_late(
+    consumer: Consumer, message: Message, ledger: Ledger, connection: Connection, number: int
+) -> str | None:
+    """Why a message that nobody has claimed may have been processed and forgotten all the same."""
+    sent_at = message.sent_at
+    if sent_at is not None and (age := (datetime.now(UTC) - sent_at).total_seconds()) > AHEAD:
+        if age < RECENT:
+            return None
+        horizon = ledger.horizon(connection, number)
+        return failures.TOO_OLD if horizon is not None and sent_at <= horizon else None
+    if consumer.undated == "run":
+        return None
+    if sent_at is not None and (sent_at - ledger.now(connection)).total_seconds() <= -AHEAD:
+        return None  # it is our own clock that is behind
+    return failures.UNDATED
 
 
 def key_by(

@@ -36,7 +36,8 @@ SYNC = frozenset({"psycopg", "pymysql", "pysqlite"})
 #: Too many connections, disk or table full, changed since the snapshot, shutting down, lock timeout,
 #: deadlock, lock table full, read-only, connection killed, refused or lost.
 _TRANSIENT_MYSQL = frozenset(
-    {1020, 1021, 1040, 1053, 1114, 1203, 1205, 1206, 1213, 1290, 1836, 1927, 2002, 2003, 2006, 2013, 2055}
+    {1020, 1021, 1040, 1053, 1114, 1203, 1205, 1206, 1213, 1290, 1836, 1927, 3572}
+    | {2002, 2003, 2006, 2013, 2055}
 )
 
 #: SERVER_STATUS_IN_TRANS of the MySQL protocol.
@@ -106,7 +107,7 @@ def is_lock_timeout(error: DBAPIError) -> bool:
     code = error_code(error)
     if error.orig.__class__.__module__.startswith("sqlite3"):
         return isinstance(code, int) and code & 0xFF in (5, 6)
-    return code in ("55P03", 1205)
+    return code in ("55P03", 1205, 3572)
 
 
 def too_small_packet(connection: Connection, values: Collection[bytes]) -> int | None:
@@ -160,7 +161,7 @@ def is_contention(error: DBAPIError) -> bool:
         return code[:2] == "40" or code == "55P03"
     if error.orig.__class__.__module__.startswith("sqlite3"):
         return isinstance(code, int) and code & 0xFF in (5, 6)
-    return code in (1205, 1213)
+    return code in (1205, 1213, 3572)
 
 
 def is_outage(error: BaseException) -> bool:

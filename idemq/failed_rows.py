@@ -18,10 +18,10 @@ from idemq import names
 from idemq import schema as tables
 from idemq.drivers import kind_of
 from idemq.errors import SetupError
-from idemq.failures import DEAD, WAITING, as_text, message_of
+from idemq.failures import DEAD, WAITING
 from idemq.ledger import NOW
 from idemq.message import Message
-from idemq.packing import unpacked
+from idemq.packing import as_text, message_of, unpacked
 
 #: How many rows one statement names.
 CHUNK = 500

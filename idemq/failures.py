@@ -15,14 +15,14 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, RowMapping, Table, delete, insert, select, update
+from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from idemq import schema
 from idemq.drivers import too_small_packet
 from idemq.errors import BrokeTransaction, IdemqError
 from idemq.ledger import Ledger
 from idemq.message import Ack, Dead, Message, Parked, Verdict
-from idemq.packing import error_text, packed, unpacked
+from idemq.packing import error_text, kept, packed, properties_of
 
 #: `idemq_failed.state`.
 WAITING, DEAD = 1, 2
@@ -82,6 +82,8 @@ class Job:
     fingerprint: int | None
     #: Why it cannot be judged, else None.
     bad: Exception | None = None
+    #: It may have ended the process that had it before.
+    suspect: bool = False
     #: To be written down by the next transaction instead of an attempt.
     outcome: Outcome | None = None
     #: Where the message comes from when it was parked.
@@ -147,10 +149,10 @@ def put(
 def _insert(
     connection: Connection, ledger: Ledger, table: Table, job: Job, values: dict[str, Any], limit: int
 ) -> None:
-    kept = _message(job)
+    whole = kept(job.message, judged=job.key is not None)
     if job.row is None:  # else nobody else has it any more
-        _refuse_too_large(connection, kept, limit)
-    whole = {**values, **kept, "fingerprint": job.fingerprint}
+        _refuse_too_large(connection, whole, limit)
+    whole |= {**values, "lane": job.lane, "fingerprint": job.fingerprint}
     connection.execute(insert(table).values(pk=uuid4().bytes, **whole))
 
 
@@ -172,8 +174,11 @@ def _changed(connection: Connection, table: Table, which: Any, changes: dict[str
 
 
 def mine(table: Table, row: Row) -> Any:
-    """The condition that a row is still the one that we picked."""
-    return (table.c.pk == row.pk) & (table.c.owner == row.owner)
+    """The condition that a row is still the one that we picked.
+
+    One that was run in the meantime, and picked again by another lane of this worker, has its claim now.
+    """
+    return (table.c.pk == row.pk) & (table.c.owner == row.owner) & (table.c.owns_claim == row.owns_claim)
 
 
 def _broke(outcome: Outcome) -> Outcome:
@@ -208,22 +213,9 @@ def _changes(job: Job, outcome: Outcome, now: datetime) -> dict[str, Any]:
     if outcome.reason not in (RELEASED, BEHIND):  # not begun at all, so what is known of it stays
         # Of a suspect an earlier delivery was begun, and nobody knows how that ended.
         changes["starts"] = 1 if outcome.reason == SUSPECT else 0
+    elif job.row is None and job.suspect:
+        changes["starts"] = 1
     return changes
-
-
-def _message(job: Job) -> dict[str, Any]:
-    message = job.message
-    properties = _properties(message)
-    if job.key is not None:
-        properties["judged"] = True  # the id is the one that the consumer's rule found
-    return {
-        "sent_at": message.sent_at,
-        "lane": job.lane,
-        "body": message.body,
-        "headers": packed(message.headers),
-        "properties": packed(properties),
-        "origin": packed(message.origin),
-    }
 
 
 def _refuse_too_large(connection: Connection, kept: dict[str, Any], limit: int) -> None:
@@ -235,45 +227,6 @@ def _refuse_too_large(connection: Connection, kept: dict[str, Any], limit: int) 
         raise TooLarge(f"a message of {size} bytes cannot be written down: max_allowed_packet={packet}")
 
 
-def _properties(message: Message) -> dict[str, Any]:
-    properties = {
-        **message.properties,
-        "message_id": message.id,
-        "key": message.key,
-        "content_type": message.content_type,
-        "content_encoding": message.content_encoding,
-    }
-    if message.unreadable is not None:
-        properties["unreadable"] = message.unreadable
-    if message.repeated:
-        properties["repeated"] = sorted(message.repeated)
-    return properties
-
-
-def message_of(row: RowMapping) -> Message:
-    """The message as it was written down."""
-    properties = unpacked(row["properties"])
-    properties.pop("judged", None)
-    return Message(
-        body=row["body"],
-        headers=unpacked(row["headers"]),
-        id=as_text(properties.pop("message_id", None)),
-        key=properties.pop("key", None),
-        content_type=as_text(properties.pop("content_type", None)),
-        content_encoding=as_text(properties.pop("content_encoding", None)),
-        repeated=frozenset(properties.pop("repeated", ())),
-        unreadable=as_text(properties.pop("unreadable", None)),
-        sent_at=row["sent_at"],
-        origin=unpacked(row["origin"]),
-        properties=properties,
-    )
-
-
-def as_text(value: Any) -> str | None:
-    """Lone surrogates are kept as bytes."""
-    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value
-
-
 def _identity(job: Job) -> bytes:
     """What makes two copies of a message without a claim of its own the same.
 
@@ -283,7 +236,8 @@ def _identity(job: Job) -> bytes:
     parts: dict[str, Any] = {"key": job.key, "tombstone": message.body is None}
     if job.key is None:
         parts["headers"] = {name: each for name, each in message.headers.items() if not _per_delivery(name)}
-        parts["properties"] = _properties(message)
+        parts["properties"] = properties_of(message)
+        parts["sent_at"] = message.sent_at
         parts["origin"] = message.origin if "offset" in message.origin else None
     digest = blake2b(packed(parts), digest_size=16, person=b"idemq identity")
     digest.update(message.body or b"")  # last, because its length is not written

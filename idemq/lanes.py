@@ -179,7 +179,7 @@ class Lane:
     def close(self) -> None:
         if self._picking.any:
             with suppress(Exception):  # the database is away: the lease ends
-                self._unit.give_back(self._worker.owner)
+                self._unit.lease(self._worker.owner)
         self._unit.close()
 
 
@@ -220,7 +220,7 @@ class AsyncLane:
     async def close(self) -> None:
         if self._picking.any:
             with suppress(Exception):  # the database is away: the lease ends
-                await self._unit.give_back(self._worker.owner)
+                await self._unit.lease(self._worker.owner)
         await self._unit.close()
 
 

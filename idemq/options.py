@@ -44,9 +44,15 @@ def check(name: str, unknown: Collection[str], given: dict[str, Any]) -> None:
     if given.get("undated", "run") not in ("run", "park"):
         raise SetupError(f"consumer {name!r}: undated={given['undated']!r} must be 'run' or 'park'")
     _check_rule(name, given.get("id"))
-    for function in (given.get("id"), given.get("fingerprint")):
-        if inspect.iscoroutinefunction(function):
-            raise SetupError(f"consumer {name!r}: id= and fingerprint= take plain functions, not async ones")
+    for option in ("id", "fingerprint", "key"):
+        if inspect.iscoroutinefunction(given.get(option)):
+            raise SetupError(f"consumer {name!r}: {option}= takes a plain function, not an async one")
+    for option in ("strict", "ordered", "hold_dead"):
+        if not isinstance(given.get(option, False), bool):
+            raise SetupError(f"consumer {name!r}: {option}={given[option]!r} must be True or False")
+    for option in ("key", "hold_dead"):
+        if given.get(option) and not given.get("ordered"):
+            raise SetupError(f"consumer {name!r}: {option}= says something about order: add ordered=True")
 
 
 def _check_name(name: object) -> None:

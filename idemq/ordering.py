@@ -19,7 +19,7 @@ Where this ends, because what is claimed or in the table no longer tells what wa
   several partitions (more of them were made, or `key=` is not what the producer chose the partition by), a
   quorum queue whose worker dies with messages in hand after `prefetch=` was made smaller.
 * a letter that is retried by hand after its key went on, as it does without `hold_dead`: it runs now.
-* a change of `key=`, or of `ordered=` to True, while messages are parked: their rows know the old key or none.
+* a change of `key=`, or of `ordered=` to True, while messages are parked: their rows know an old key or none.
 * READ UNCOMMITTED, which sees a parked message gone before its work is there.
 """
 

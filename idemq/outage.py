@@ -40,16 +40,19 @@ class Outage:
             self._waiting.append(item)
             return True
 
-    def found(self, item: Item) -> float | None:
-        """The database was away for `item`: how long it is to rest until it tries again, in seconds; None
-        when another one tries already, and it waits for that."""
+    def found(self, item: Item) -> tuple[float, Item] | None:
+        """The database was away for `item`: after how many seconds which one tries next. None when another
+        one tries already.
+
+        They take turns: should the cause be in one message after all, the next one finds out.
+        """
         with self._lock:
+            self._waiting.append(item)
             if self._trying not in (None, item):
-                self._waiting.append(item)
                 return None
-            self._trying = item
+            self._trying = self._waiting.pop(0)
             self._tries += 1
-            return min(pause(self._tries), MAX_REST)
+            return min(pause(self._tries), MAX_REST), self._trying
 
     def noticed(self) -> None:
         """Something else than a message got no answer."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Collection, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from sqlalchemy import RowMapping
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 
 from idemq.drivers import error_code
+from idemq.message import Message
 
 #: The longest error text that is kept, in characters; the middle is cut.
 MAX_ERROR = 20_000
@@ -43,6 +45,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
         return {_name(name): _plain(each, depth + 1) for name, each in value.items()}
     if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
         return [_plain(each, depth + 1) for each in value]
+    if isinstance(value, datetime) and value.tzinfo is None:
+        return value.replace(tzinfo=UTC)  # AMQP's, which py-amqp gives without a zone
     if isinstance(value, bool | int | float | bytes | bytearray | memoryview | datetime | None):
         big = isinstance(value, int) and not -(2**63) <= value < 2**64
         return str(value) if big else value
@@ -50,12 +54,15 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _name(name: object) -> str:
-    return str(name).encode("utf-8", "replace").decode()
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def error_text(error: BaseException) -> str:
     """The traceback as text that every database stores: no NUL, no lone surrogate, not too long."""
-    text = "".join(traceback.format_exception(error))
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:  # the user's own class may fail at it
+        text = f"{type(error).__name__} (its traceback cannot be printed)"
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\x00", "\\x00")
     half = MAX_ERROR // 2
     return text if len(text) <= MAX_ERROR else f"{text[:half]}\n[...]\n{text[-half:]}"
@@ -88,3 +95,61 @@ def shown(text: str) -> str:
     """Text from outside as it may stand in a log line: one line, printable, at most 200 characters."""
     text = "".join(each if each.isprintable() else " " for each in text[:400])
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def kept(message: Message, *, judged: bool) -> dict[str, Any]:
+    """A message as it is written down. `judged`: its id is the one that the consumer's rule found."""
+    properties = properties_of(message)
+    if judged:
+        properties["judged"] = True
+    return {
+        "sent_at": message.sent_at,
+        "body": message.body,
+        "headers": packed(message.headers),
+        "properties": packed(properties),
+        "origin": packed(message.origin),
+    }
+
+
+def size(message: Message) -> int:
+    """Bytes of a message as it is written down."""
+    return sum(len(part) for part in kept(message, judged=True).values() if isinstance(part, bytes))
+
+
+def properties_of(message: Message) -> dict[str, Any]:
+    properties = {
+        **message.properties,
+        "message_id": message.id,
+        "key": message.key,
+        "content_type": message.content_type,
+        "content_encoding": message.content_encoding,
+    }
+    if message.unreadable is not None:
+        properties["unreadable"] = message.unreadable
+    if message.repeated:
+        properties["repeated"] = sorted(message.repeated)
+    return properties
+
+
+def message_of(row: RowMapping) -> Message:
+    """The message as it was written down."""
+    properties = unpacked(row["properties"])
+    properties.pop("judged", None)
+    return Message(
+        body=row["body"],
+        headers=unpacked(row["headers"]),
+        id=as_text(properties.pop("message_id", None)),
+        key=properties.pop("key", None),
+        content_type=as_text(properties.pop("content_type", None)),
+        content_encoding=as_text(properties.pop("content_encoding", None)),
+        repeated=frozenset(properties.pop("repeated", ())),
+        unreadable=as_text(properties.pop("unreadable", None)),
+        sent_at=row["sent_at"],
+        origin=unpacked(row["origin"]),
+        properties=properties,
+    )
+
+
+def as_text(value: Any) -> str | None:
+    """Lone surrogates are kept as bytes."""
+    return value.decode("utf-8", "surrogatepass") if isinstance(value, bytes) else value

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, func, select, update
 
 from idemq import schema
 from idemq.drivers import begin
 from idemq.errors import Crashed
-from idemq.failures import DEAD, WAITING, Job, Judge, Outcome, Row, message_of
+from idemq.failures import DEAD, WAITING, Job, Judge, Outcome, Row
 from idemq.ledger import Ledger
 from idemq.message import key_of
-from idemq.packing import unpacked
+from idemq.packing import message_of, unpacked
 
 #: How long a picked row may wait for its turn, in seconds. While it runs its own lock keeps others away.
+#: What ends before that is told of by who started the process.
 LEASE = 60.0
-
-#: The same for one that runs alone, which begins at once.
-LEASE_ALONE = 15.0
 
 #: How many messages of a key may be parked behind another; what comes then waits with the broker.
 MOST_BEHIND = 1000
@@ -86,7 +84,7 @@ class Parking:
         transactions. Raises database errors.
         """
         if ended is not None:
-            self._end_leases(connection, ended)
+            self._change(connection, ended, {}, 0.0)
         with connection.begin():
             ordinary, suspects = self.due(connection)
         ordinary, suspect = ordinary and not alone, suspects and (alone or inline)
@@ -137,7 +135,7 @@ class Parking:
         taken = picked + crashed
         if not taken:
             return []
-        until = now + timedelta(seconds=LEASE_ALONE if alone else LEASE)
+        until = now + timedelta(seconds=LEASE)
         lease = {"owner": owner, "alone": alone, "lease_until": until, "not_before": until}
         connection.execute(update(table).where(table.c.seq.in_(taken)).values(lease))
         found = connection.execute(
@@ -145,24 +143,24 @@ class Parking:
         ).mappings()
         return [self._job(row, now, crashed=row["seq"] in crashed) for row in found]
 
-    def give_back(self, connection: Connection, owner: bytes) -> None:
-        """What was picked and not run is due again at once: an orderly end."""
-        table, transaction = self._table, begin(connection)
-        connection.execute(
-            update(table)
-            .where(table.c.consumer == self._consumer, table.c.state == WAITING, table.c.owner == owner)
-            .values(owner=None, alone=False, lease_until=None, not_before=self._ledger.now(connection))
-        )
-        transaction.commit()
+    def lease(self, connection: Connection, owner: bytes, *, alone: bool | None) -> None:
+        """A new lease for what `owner` has picked and does not run now; its end is a crash if it is `alone`.
 
-    def _end_leases(self, connection: Connection, owner: bytes) -> None:
+        None: it is given back, and due at once.
+        """
+        if alone is None:
+            self._change(connection, owner, {"owner": None, "alone": False, "lease_until": None}, 0.0)
+        else:
+            self._change(connection, owner, {"alone": alone}, LEASE)
+
+    def _change(self, connection: Connection, owner: bytes, values: dict[str, Any], due: float) -> None:
         table, transaction = self._table, begin(connection)
-        now = self._ledger.now(connection)
-        connection.execute(
-            update(table)
-            .where(table.c.consumer == self._consumer, table.c.state == WAITING, table.c.owner == owner)
-            .values(not_before=now)
-        )
+        # One after the other, because an UPDATE by owner would wait for, and lock, what others have.
+        picked = (table.c.consumer == self._consumer) & (table.c.state == WAITING) & (table.c.owner == owner)
+        found = connection.execute(select(table.c.seq).where(picked).with_for_update(skip_locked=True))
+        then = self._ledger.now(connection) + timedelta(seconds=due)
+        for seq in found.scalars().all():
+            connection.execute(update(table).where(table.c.seq == seq).values(not_before=then, **values))
         transaction.commit()
 
     def behind(self, connection: Connection, job: Job) -> int:

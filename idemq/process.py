@@ -9,17 +9,16 @@ unexpected is a `Release`: the message is tried again, and its claim then tells 
 from __future__ import annotations
 
 import random
-from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
 from sqlalchemy import Connection, delete
 from sqlalchemy.engine import RootTransaction
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError, ProgrammingError
 from sqlalchemy.orm import Session
 
 from idemq import failures, schema
-from idemq.declared import Consumer
+from idemq.declared import Consumer, too_late
 from idemq.drivers import begin, is_contention, is_outage, is_transient, undo_before_close
 from idemq.errors import BadMessage, BrokeTransaction, DeadlinePassed, InFlight, Reject, RetryLater
 from idemq.failures import FAILED, LATER, SUSPECT, Job, Outcome, Row, TooLarge
@@ -40,12 +39,6 @@ CONTENDED = 20
 
 #: Connections that a message may lose while its handler runs: the next one is its own doing, and counts.
 LOST = 3
-
-#: Pruning forgets nothing that was sent less than so many seconds ago: no need to ask it.
-RECENT = 3600.0
-
-#: A time further than this from now, in seconds (negative: to come), is not believed.
-AHEAD = -300.0
 
 
 class Unit:
@@ -85,7 +78,7 @@ class Unit:
         self._transaction = begin(self.connection)
         claim = self._claim(job, job.key)
         owned = job.row is not None and job.row.owns_claim
-        if claim.state == "fresh" and not owned and (reason := self._too_late(job)) is not None:
+        if claim.state == "fresh" and not owned and (reason := self._late(job)) is not None:
             job.outcome = Outcome(reason)
         if claim.state == "fresh" and job.outcome is None:
             behind = self.parking.behind(self.connection, job)
@@ -126,20 +119,8 @@ class Unit:
         table = schema.table("idemq_failed", self._ledger.schema)
         return self.connection.execute(delete(table).where(failures.mine(table, row))).rowcount > 0
 
-    def _too_late(self, job: Job) -> str | None:
-        """Why a message that nobody has claimed may have been processed and forgotten all the same."""
-        sent_at = job.message.sent_at
-        age = (datetime.now(UTC) - sent_at).total_seconds() if sent_at is not None else None
-        if sent_at is not None and age is not None and age > AHEAD:
-            if age < RECENT:
-                return None
-            horizon = self._ledger.horizon(self.connection, self._number)
-            return failures.TOO_OLD if horizon is not None and sent_at <= horizon else None
-        if self._consumer.undated == "run":
-            return None
-        if sent_at is not None and (sent_at - self._ledger.now(self.connection)).total_seconds() <= -AHEAD:
-            return None  # it is our own clock that is behind
-        return failures.UNDATED
+    def _late(self, job: Job) -> str | None:
+        return too_late(self._consumer, job.message, self._ledger, self.connection, self._number)
 
     def finish(self, job: Job, session: Session | None) -> Verdict | Outcome:
         """The handler has returned: flush, guard, commit."""
@@ -179,12 +160,17 @@ class Unit:
         """
         self._guard.take_back()
         self._undo(session, broken=isinstance(error, BrokeTransaction))
-        if isinstance(error, DBAPIError) and is_contention(error) and job.contended < CONTENDED:
+        if (
+            isinstance(error, DBAPIError)
+            and is_contention(error)
+            and not job.row
+            and job.contended < CONTENDED
+        ):
             job.contended += 1
             delay = random.uniform(0.0, min(SHORT, 0.05 * 2**job.contended))
             return Outcome(LATER, error, delay, words(error))
         if self._guard.saw(error) and is_outage(error):  # another database is the handler's own affair
-            job.lost += self.spoiled
+            job.lost += 1  # an outage is met by the claim, too, before the handler is called again
             if job.lost <= LOST:
                 return Release(words(error), outage=True)
         return self.failed(job, error)
@@ -200,7 +186,9 @@ class Unit:
         job.failures += 1
         policy = self._consumer.policy
         delay = policy(job.failures, monotonic() - job.began, error) if policy is not None else 0.0
-        return Outcome(FAILED if delay is not None else failures.USED_UP, error, delay, words(error))
+        if delay is None:
+            return Outcome(failures.USED_UP, error, None, words(error))
+        return Outcome(FAILED, error, max(SOON, delay), words(error))
 
     def _undo(self, session: Session | None, *, broken: bool) -> None:
         try:
@@ -230,6 +218,9 @@ class Unit:
             verdict = failures.put(self.connection, self._ledger, self._number, job, job.outcome, limit)
         except TooLarge as error:
             self._transaction.rollback()
+            if job.outcome.reason in (failures.RELEASED, failures.BEHIND):  # it may be done yet
+                job.outcome = None
+                return Release(str(error))
             return Release(str(error), stop=True)
         if verdict is None:
             self._transaction.rollback()
@@ -256,10 +247,10 @@ class Unit:
         self._guard.hold()
         return self.parking.look(self.connection, owner, count, **how)
 
-    def give_back(self, owner: bytes) -> None:
-        """`Parking.give_back`. Raises database errors."""
+    def lease(self, owner: bytes, *, alone: bool | None) -> None:
+        """`Parking.lease`. Raises database errors."""
         self._guard.hold()
-        self.parking.give_back(self.connection, owner)
+        self.parking.lease(self.connection, owner, alone=alone)
 
     def discard(self) -> None:
         """Throw the connection away; the server rolls back what it had open. Never raises."""
@@ -293,5 +284,6 @@ def released(error: BaseException) -> Release:
     """The verdict of an attempt that ended in an error outside the handler: never counted as a failure."""
     if isinstance(error, InFlight):
         return Release("its twin is still in flight", twin=True)
-    refused = isinstance(error, DBAPIError) and not is_contention(error)  # a missing table stops all, too
-    return Release(words(error), outage=refused or is_outage(error))
+    all_alike = isinstance(error, OperationalError | ProgrammingError)  # a missing table, say
+    contention = isinstance(error, DBAPIError) and is_contention(error)
+    return Release(words(error), outage=is_outage(error) or (all_alike and not contention))

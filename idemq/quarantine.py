@@ -33,6 +33,9 @@ IDLE = 5.0
 #: Look for suspects so often, in seconds.
 LOOK_EVERY = 0.5
 
+#: The longest rest between two tries of a suspect while the database is away, in seconds.
+MAX_REST = 5.0
+
 
 class _Cell(NamedTuple):
     feed: Feed
@@ -77,7 +80,7 @@ class Quarantine:
                 if verdict.twin:
                     job.outcome = Outcome(RELEASED, None, 5.0, verdict.cause)
                 else:
-                    self._stop.wait(pause(tries))
+                    self._rest(cell, min(pause(tries), MAX_REST))
                 verdict = self._attempt(cell, job)
             log.info("%s: %r: %s", cell.feed.consumer.name, shown(job.message.id or ""), verdict)
         return bool(found.jobs)
@@ -102,16 +105,32 @@ class Quarantine:
         finally:
             watch.cancel()
 
-    def _close(self, cell: _Cell) -> None:
+    def _rest(self, cell: _Cell, seconds: float) -> None:
+        """Wait; should this process end meanwhile, the suspect has not ended it."""
+        for alone in (False, True):
+            while not self._leased(cell, alone=alone):
+                if self._stop.wait(seconds):
+                    return
+            if not alone and self._stop.wait(seconds):
+                return
+
+    def _leased(self, cell: _Cell, *, alone: bool | None) -> bool:
         try:
             if isinstance(cell.unit, SyncUnit):
-                cell.unit.give_back(self._owner)
+                cell.unit.lease(self._owner, alone=alone)
+            elif self._loop is not None:
+                self._loop.run(cell.unit.lease(self._owner, alone=alone))
+        except Exception as error:
+            log.warning("%s: the database is away: %s", cell.feed.consumer.name, shown(str(error)))
+            return False
+        return True
+
+    def _close(self, cell: _Cell) -> None:
+        if self._leased(cell, alone=None):
+            if isinstance(cell.unit, SyncUnit):
                 cell.unit.close()
             elif self._loop is not None:
-                self._loop.run(cell.unit.give_back(self._owner))
                 self._loop.run(cell.unit.close())
-        except Exception as error:  # the database is away: the leases end
-            log.warning("%s: %s", cell.feed.consumer.name, shown(str(error)))
 
 
 def _unit(feed: Feed, engine: Engine | AsyncEngine) -> SyncUnit | AsyncUnit:

@@ -74,9 +74,7 @@ def policy(consumer: str, retrying: BaseRetrying | None) -> Policy:
         raise SetupError(f"consumer {consumer!r}: retry= neither stops nor waits; give it stop= and wait=")
     for part in (retrying.stop, retrying.wait, retrying.retry):
         if inspect.iscoroutinefunction(part) or inspect.iscoroutinefunction(type(part).__call__):
-            raise SetupError(
-                f"consumer {consumer!r}: retry= takes no async functions"
-            )
+            raise SetupError(f"consumer {consumer!r}: retry= takes no async functions")
 
     def decide(attempts: int, elapsed: float, error: BaseException) -> float | None:
         try:

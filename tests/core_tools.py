@@ -142,10 +142,10 @@ class Attempts:
 
     def give_back(self, owner: bytes = OWNER) -> None:
         if isinstance(self.unit, SyncUnit):
-            self.unit.give_back(owner)
+            self.unit.lease(owner)
         else:
             assert self.runner is not None
-            self.runner.run(self.unit.give_back(owner))
+            self.runner.run(self.unit.lease(owner))
 
     def close(self) -> None:
         if isinstance(self.unit, SyncUnit):

@@ -552,7 +552,7 @@ def test_a_redelivered_message_is_parked_unread_with_its_claim(shop: Shop) -> No
     assert attempts(consumer.suspect(message("done", b'{"n": [9]}'))) == Dead("conflict")
     assert attempts.again() == []  # only alone
     assert attempts.again(alone=True) == [Dead("unreadable")]
-    large = message("large", b'{"n": [' + b"1," * 300 + b"1]}")
+    large = message("large", b'{"n": [' + b"1," * 600 + b"1]}")
     assert attempts(consumer.suspect(large)) == PROCESSED
     assert attempts(consumer.suspect(message(None))) == Dead("no id")
     assert sorted(shop.reasons()) == ["conflict", "no id", "unreadable"]

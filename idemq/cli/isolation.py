@@ -72,15 +72,19 @@ class Isolation:
             log.warning("%s: the process that ran suspects ended (%d)", consumer, code)
             return cell.owner
 
-    def close(self) -> None:
-        """Let them finish what runs."""
+    def let_go(self) -> None:
+        """Start no more, and let what runs come to its end. Safe in a signal handler of the main thread,
+        which does nothing else here."""
         with self._lock:
             self._closed = True
-            cells = list(self._cells.values())
-        for cell in cells:
-            cell.let_go()
+            for cell in self._cells.values():
+                cell.let_go()
+
+    def close(self) -> None:
+        """`let_go`, and wait for the end."""
+        self.let_go()
         end = time.monotonic() + self._grace + 5.0
-        for cell in cells:
+        for cell in self._cells.values():
             try:
                 cell.process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -75,7 +75,12 @@ def run(
 
 def _run_worker(pairs: Pairs, grace: float, isolation: Isolation) -> None:
     worker = Worker(pairs, isolation)
-    _stop_on_signals(worker.stop)
+
+    def stop() -> None:
+        isolation.let_go()  # at once: both graces run at the same time
+        worker.stop()
+
+    _stop_on_signals(stop)
     ended = worker.run(grace, lambda: log.info("started, process %d", os.getpid()))
     isolation.close()
     if not ended:
