@@ -1,0 +1,106 @@
+"""Interleavings that once lost a message, stopped a consumer, or blamed an innocent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+from tenacity import Retrying, stop_after_attempt, wait_fixed
+
+from idemq import App, Message, SetupError
+from idemq.embedded import Embedded
+from idemq.failures import RELEASED, Outcome
+from idemq.lanes import Item, Kept
+from idemq.message import Ack, Release
+from idemq.outage import Outage
+from tests.core_tools import OWNER, PROCESSED, Shop, message, on, write
+
+LATER = Retrying(wait=wait_fixed(60), stop=stop_after_attempt(9))
+ALONE = b"alone".ljust(16)
+
+
+@pytest.mark.hazard("H44")
+@on(("sqlite", "pysqlite"), ("postgres", "psycopg"), ("postgres", "asyncpg"), ("mariadb", "pymysql"))
+def test_a_lane_that_comes_too_late_deletes_no_row_that_was_run_since(shop: Shop) -> None:
+    broken = [True]
+
+    def handler(given: Message, session: Session) -> None:
+        if broken[0]:
+            raise ValueError("not yet")
+        write(given, session)
+
+    attempts = shop.attempts(handler, retry=LATER)
+    job = attempts.consumer.job(message())
+    job.outcome = Outcome(RELEASED, None, 0.0)
+    attempts(job)
+    (stale,) = attempts.look(OWNER)  # one lane picks the row, which has no claim, and is busy for long
+    shop.time_passes()
+    assert attempts.look(OWNER) == []  # its lease ends; the row is a suspect
+    assert len(attempts.again(ALONE, alone=True)) == 1  # it fails, and owns its claim from now on
+    shop.time_passes()
+    (again,) = attempts.look(OWNER)  # another lane of the same worker picks it
+    broken[0] = False
+    assert attempts(stale) == Ack(duplicate=True)
+    assert attempts(again) == PROCESSED
+    assert (shop.effects(), shop.claims(), shop.dead()) == (["effect"], 1, [])
+
+
+@pytest.mark.hazard("H55")
+@on(("postgres", "psycopg"), ("postgres", "asyncpg"))
+def test_a_handler_that_makes_its_own_transaction_read_only_is_no_outage_for_ever(shop: Shop) -> None:
+    def handler(given: Message, session: Session) -> None:
+        session.execute(text("SET TRANSACTION READ ONLY"))
+        write(given, session)
+
+    attempts = shop.attempts(handler, retry=LATER)
+    job = attempts.consumer.job(message())
+    verdicts = [attempts(job) for _ in range(4)]
+    assert [isinstance(verdict, Release) for verdict in verdicts] == [True, True, True, False]
+    assert [row.reason for row in shop.dead()] == ["failed"]
+
+
+@pytest.mark.hazard("H55")
+def test_while_the_database_is_away_messages_take_turns_in_trying() -> None:
+    outage = Outage()
+    items = [Item(Kept(message(str(number)))) for number in range(3)]
+    found = outage.found(items[0])
+    assert found is not None
+    assert found[1] is items[0]
+    assert outage.holds(items[1])
+    assert outage.holds(items[2])
+    tried = []
+    for _ in range(4):
+        found = outage.found(found[1])
+        assert found is not None
+        tried.append(found[1])
+    assert [items.index(item) for item in tried] == [1, 2, 0, 1]
+    assert {items.index(item) for item in outage.over(tried[-1], answered=True)} == {0, 2}
+    assert not outage.lasts
+
+
+def wrong_options() -> list[dict[str, Any]]:
+    async def key(given: Message) -> str:
+        return "k"
+
+    return [{"key": key, "ordered": True}, {"hold_dead": True}, {"key": "customer"}, {"ordered": "no"}]
+
+
+@pytest.mark.parametrize("options", wrong_options(), ids=["async key", "held", "key alone", "no bool"])
+def test_options_of_order_that_would_do_nothing_are_refused(options: dict[str, Any]) -> None:
+    app = App("sqlite:///unused.db")
+    with pytest.raises(SetupError, match="'shop'"):
+        app.consumer("shop", Embedded("unused-broker.db").queue("queue"), **options)
+
+
+@on(("sqlite", "pysqlite"))
+def test_a_policy_without_a_wait_does_not_spin(shop: Shop) -> None:
+    def handler(given: Message) -> None:
+        raise ValueError("always")
+
+    attempts = shop.attempts(handler, retry=Retrying(wait=wait_fixed(0)))
+    verdict = attempts(message())
+    assert isinstance(verdict, Release)
+    assert verdict.delay is not None
+    assert verdict.delay >= 0.1
