@@ -4,6 +4,7 @@ kills     SIGKILLs at random while messages and copies arrive; also with a broke
 failures  the same with handlers that fail twice or reject, and with copies of 20 % of the messages
 poison    messages that end the process which works on them, in the handler or in the payload's decoder
 replay    messages that go dead for a reason, and get through with `idemq dead retry` once it is mended
+order     messages of 64 keys, workers killed and frozen: per key in order; also with a core that forgets it
 outage    PostgreSQL killed and away for a while, RabbitMQ restarted, while messages arrive
 
 Exits with 1 when a message was lost, doubled, wrongly dead or left waiting, or a broken core was not noticed.
@@ -35,7 +36,7 @@ from tests import servers
 
 SHOWN = (
     *("messages", "copies", "kills", "hits", "lost", "double", "torn", "stray"),
-    *("dead", "blamed", "spared", "parked", "leftovers"),
+    *("dead", "blamed", "spared", "parked", "disorder", "leftovers"),
 )
 
 Show = Callable[[Mapping[str, object]], None]

@@ -20,7 +20,10 @@ class Broker(Protocol):
     #: Kafka redistributes partitions only when all dead members are gone, so it kills all workers at once.
     kills_all: bool
 
-    def create(self, name: str) -> None: ...
+    def create(self, name: str, *, single: bool) -> None:
+        """`single`: one worker at a time has what is in the queue."""
+        ...
+
     def left(self, name: str) -> int: ...
     def evict(self, name: str) -> None: ...
     def remove(self, name: str) -> None: ...
@@ -32,8 +35,9 @@ class RabbitMQ:
     def __init__(self, url: str) -> None:
         self.url = url.removesuffix("//") + "/%2F" if url.endswith("//") else url  # kombu knows both
 
-    def create(self, name: str) -> None:
-        self._call(lambda channel: channel.queue_declare(name, durable=True))
+    def create(self, name: str, *, single: bool) -> None:
+        arguments = {"x-single-active-consumer": True} if single else {}
+        self._call(lambda channel: channel.queue_declare(name, durable=True, arguments=arguments))
 
     def left(self, name: str) -> int:
         """Ready messages; what a live worker holds is not seen, so ask again when the workers have gone."""
@@ -58,7 +62,7 @@ class Kafka:
     def __init__(self, servers: str) -> None:
         self.url = servers
 
-    def create(self, name: str) -> None:
+    def create(self, name: str, *, single: bool) -> None:
         topic = NewTopic(name, num_partitions=self.partitions, replication_factor=1)
         self._admin(lambda admin: admin.create_topics([topic]))
 

@@ -2,8 +2,8 @@
 
     python -m prove.checker PUBLISHED DATABASE [--left N]
 
-PUBLISHED lists the messages that the broker confirmed, one a line with its kind, copies included. Prints one
-JSON object:
+PUBLISHED lists the messages that the broker confirmed, one a line with kind and key, in the order of their
+confirmation, copies included. Prints one JSON object:
 
 lost       published, no effect and no row in the table of failures
 double     more than one effect
@@ -13,6 +13,7 @@ dead       dead letters
 blamed     dead letters of messages that are not to die, with a wrong reason, or a second one of a message
 spared     messages that are to die, and have no dead letter or an effect
 parked     messages that still wait to be tried again
+disorder   effects that came after an effect of a message of their key that was published later
 leftovers  transactions left open, and messages that the broker still holds
 
 Exits with 1 when anything is not as it should be.
@@ -35,12 +36,12 @@ DIE = {"rejected": "rejected", "exits": "crashed", "garbled": "crashed"}
 
 WAITING, DEAD = 1, 2
 
-WRONG = ("lost", "double", "torn", "stray", "blamed", "spared", "parked", "leftovers")
+WRONG = ("lost", "double", "torn", "stray", "blamed", "spared", "parked", "disorder", "leftovers")
 
 
-def judge(lines: list[tuple[UUID, str]], database: str) -> dict[str, Any]:
+def judge(lines: list[tuple[UUID, str, str]], database: str) -> dict[str, Any]:
     with psycopg.connect(database) as connection:
-        effects = Counter(row[0] for row in connection.execute("SELECT id FROM effects"))
+        applied = [row[0] for row in connection.execute("SELECT id FROM effects ORDER BY seq")]
         claims = {row[0] for row in connection.execute("SELECT id FROM idemq_processed")}
         rows = connection.execute("SELECT identity, state, reason FROM idemq_failed").fetchall()
         open_transactions = connection.execute(
@@ -48,7 +49,8 @@ def judge(lines: list[tuple[UUID, str]], database: str) -> dict[str, Any]:
             "AND pid <> pg_backend_pid() AND state LIKE 'idle in transaction%'"
         ).fetchone()
     assert open_transactions is not None
-    kinds = dict(lines)
+    effects = Counter(applied)
+    kinds = {identifier: kind for identifier, kind, _ in lines}
     expected = set(kinds)
     failed = {identity for identity, _, _ in rows}
     letters = [(identity, reason) for identity, state, reason in rows if state == DEAD]
@@ -67,8 +69,22 @@ def judge(lines: list[tuple[UUID, str]], database: str) -> dict[str, Any]:
         + sum(count - 1 for count in dead.values()),
         "spared": len(to_die - set(dead)) + len(to_die & set(effects)),
         "parked": sum(state == WAITING for _, state, _ in rows),
+        "disorder": _disorder(lines, applied),
         "leftovers": open_transactions[0],
     }
+
+
+def _disorder(lines: list[tuple[UUID, str, str]], applied: list[UUID]) -> int:
+    """A message's place is that of its first copy."""
+    keys = {identifier: key for identifier, _, key in lines}
+    place = {identifier: number for number, identifier in enumerate(keys)}
+    newest: dict[str, int] = {}
+    late = 0
+    for identifier in applied:
+        if (key := keys.get(identifier)) is not None:
+            late += place[identifier] < newest.get(key, -1)
+            newest[key] = max(place[identifier], newest.get(key, -1))
+    return late
 
 
 def main() -> None:
@@ -78,7 +94,7 @@ def main() -> None:
     parser.add_argument("--left", type=int, default=0, help="messages that the broker still holds")
     arguments = parser.parse_args()
     lines = [line.split() for line in arguments.published.read_text().splitlines()]
-    verdict = judge([(UUID(identifier), kind) for identifier, kind in lines], arguments.database)
+    verdict = judge([(UUID(identifier), kind, key) for identifier, kind, key in lines], arguments.database)
     verdict["leftovers"] += arguments.left
     sys.stdout.write(json.dumps(verdict) + "\n")
     sys.exit(1 if any(verdict[name] for name in WRONG) or not verdict["messages"] else 0)

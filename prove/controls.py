@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from idemq import consuming, drivers, process
+from idemq import consuming, drivers, ordering, parking, process
 from idemq.broker import Delivery
 from idemq.failures import Job
 from idemq.message import Verdict
@@ -63,7 +63,17 @@ CONTROLS: dict[str, Callable[[], None]] = {
 }
 
 
+def key_order_forgotten() -> None:
+    """Start what is delivered at once, and look for nothing that is parked before it."""
+    parking.Parking.behind = lambda self, connection, job: 0  # type: ignore[method-assign]  # on purpose
+    ordering.Keys._admitted = lambda self, item: True  # type: ignore[method-assign]  # on purpose
+
+
+#: Those that keep messages and lose their order.
+ORDER_CONTROLS: dict[str, Callable[[], None]] = {"key order forgotten": key_order_forgotten}
+
+
 def apply(name: str) -> None:
     """Break the core in this process; nothing for the empty name."""
     if name:
-        CONTROLS[name]()
+        (CONTROLS | ORDER_CONTROLS)[name]()

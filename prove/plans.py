@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from prove.brokers import Broker
-from prove.controls import CONTROLS
+from prove.controls import CONTROLS, ORDER_CONTROLS
 from prove.loop import KillLoop
+from prove.ordered import Ordered
 from prove.outage import Outage
 from prove.poison import Poison
 from prove.replay import Replay
@@ -27,12 +29,12 @@ class Scene(NamedTuple):
         return f"{self.broker} {self.scenario}{control}"
 
 
-#: An order test gets its place here.
 SCENARIOS: dict[str, type[Stage]] = {
     "kills": KillLoop,
     "failures": KillLoop,
     "poison": Poison,
     "replay": Replay,
+    "order": Ordered,
     "outage": Outage,
 }
 
@@ -46,6 +48,8 @@ def scenes(brokers: dict[str, Broker], seed: int, *, long: bool) -> Iterator[Sce
         messages = 1000 if long else 500
         replay = Plan(messages, seed, kinds={"flagged": messages}, copies=0.2, apart=(messages, messages))
         yield Scene(label, "replay", replay)
+        for plan in _order(broker, seed, long=long):
+            yield Scene(label, "order", plan)
     # More messages than the scenario has time for: the rest comes at its end.
     down, restarts, messages = (60.0, 3, 12_000) if long else (10.0, 1, 4_000)
     yield Scene("RabbitMQ", "outage", Plan(messages, seed, down=down, restarts=restarts))
@@ -81,3 +85,13 @@ def _poison(broker: Broker, seed: int, *, long: bool) -> Plan:
     poison = (10 if broker.kills_all else 50) if long else 5
     kinds = {"exits": poison - poison // 2, "garbled": poison // 2}
     return Plan((1000 if long else 200) + poison, seed, kinds=kinds, max_crashes=3)
+
+
+def _order(broker: Broker, seed: int, *, long: bool) -> Iterator[Plan]:
+    """64 keys, 5 % fail twice, 1 % are rejected; a broken core on one broker only, which is enough."""
+    messages, freezes, kills = (20_000, 60, 120) if long else (1_000, 2, 3)
+    kinds = {"failing": messages // 20, "rejected": messages // 100}
+    plan = Plan(messages, seed, kills, workers=3, after=(0.0, 0.6), kinds=kinds, keys=64, freezes=freezes)
+    yield plan
+    for control in ORDER_CONTROLS if long or broker.kills_all else ():
+        yield replace(plan, messages=600, kills=2, freezes=0, kinds={"failing": 60}, control=control)

@@ -25,10 +25,16 @@ class Note(NamedTuple):
 
     id: str
     kind: str
+    #: Messages of one key are to be worked on in order. Without keys each has its own.
+    key: str
 
     @property
     def body(self) -> bytes:
-        return json.dumps(self._asdict()).encode()
+        return json.dumps({"id": self.id, "kind": self.kind}).encode()
+
+    @property
+    def line(self) -> str:
+        return f"{self.id} {self.kind} {self.key}\n"
 
 
 def notes(plan: dict[str, Any]) -> Iterator[Note]:
@@ -39,7 +45,9 @@ def notes(plan: dict[str, Any]) -> Iterator[Note]:
     kinds = dict(zip(chosen.sample(range(count), len(special)), special, strict=True))
     later: list[tuple[int, Note]] = []
     for number in range(count):
-        note = Note(str(UUID(int=chosen.getrandbits(128), version=4)), kinds.get(number, "good"))
+        identifier = str(UUID(int=chosen.getrandbits(128), version=4))
+        key = f"k{chosen.randrange(plan['keys'])}" if plan["keys"] else identifier
+        note = Note(identifier, kinds.get(number, "good"), key)
         yield note
         if chosen.random() < plan["copies"]:
             later.append((number + chosen.randint(*plan["apart"]), note))
@@ -68,9 +76,11 @@ def rabbitmq(url: str, queue: str, every: Iterator[Note], log: TextIO) -> None:
                 channel = connection.channel()
                 channel.confirm_delivery()  # publish returns when the broker has confirmed
                 while note is not None:
-                    properties = pika.BasicProperties(message_id=note.id, delivery_mode=2)
+                    properties = pika.BasicProperties(
+                        message_id=note.id, delivery_mode=2, headers={"key": note.key}
+                    )
                     channel.basic_publish("", queue, note.body, properties, mandatory=True)
-                    log.write(f"{note.id} {note.kind}\n")
+                    log.write(note.line)
                     note = next(every, None)
         except UnroutableError:
             raise  # the queue is missing
@@ -85,9 +95,10 @@ async def kafka(servers: str, topic: str, every: Iterator[Note], log: TextIO) ->
     await producer.start()
     try:
         for note in every:
-            key = note.id.encode()
-            await producer.send_and_wait(topic, note.body, key=key, headers=[("message-id", key)])
-            log.write(f"{note.id} {note.kind}\n")
+            key = note.key.encode()
+            headers = [("message-id", note.id.encode()), ("key", key)]
+            await producer.send_and_wait(topic, note.body, key=key, headers=headers)
+            log.write(note.line)
     finally:
         await producer.stop()
 

@@ -28,6 +28,9 @@ from prove import controls
 
 DIRECTORY = Path(os.environ["PROVE_DIRECTORY"])
 
+#: In order by the header `key`, and as quick as the servers allow to notice who is frozen.
+ORDERED = bool(os.environ.get("PROVE_ORDERED"))
+
 #: Some of these waits are spent in the worker, and some are parked.
 RETRY = Retrying(stop=stop_after_attempt(10), wait=wait_random(0, 2.5))
 
@@ -35,8 +38,10 @@ RETRY = Retrying(stop=stop_after_attempt(10), wait=wait_random(0, 2.5))
 def source() -> Source:
     broker, name = os.environ["PROVE_BROKER"], os.environ["PROVE_NAME"]
     if broker.startswith("amqp"):
+        if ORDERED:
+            return RabbitMQ(broker, heartbeat=1).queue(name, arguments={"x-single-active-consumer": True})
         return RabbitMQ(broker).queue(name)
-    return Kafka(broker).topic(name, group=name)
+    return Kafka(broker).topic(name, group=name, session_timeout=6 if ORDERED else 10)
 
 
 class Busy:
@@ -67,7 +72,13 @@ class Work:
 
 
 @app.consumer(
-    "prove", source(), concurrency=2, retry=RETRY, max_crashes=int(os.environ.get("PROVE_MAX_CRASHES", "20"))
+    "prove",
+    source(),
+    concurrency=4 if ORDERED else 2,
+    retry=RETRY,
+    max_crashes=int(os.environ.get("PROVE_MAX_CRASHES", "20")),
+    ordered=ORDERED,
+    key="key",
 )
 def work(payload: Work, session: Session) -> None:
     busy.set(b"1")

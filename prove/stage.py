@@ -30,6 +30,8 @@ PATIENCE_PARKED = 150.0
 
 APP = "prove.shop:app"
 
+CREATE_EFFECTS = "CREATE TABLE effects (seq bigserial NOT NULL, id uuid NOT NULL, worker int NOT NULL)"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -52,6 +54,10 @@ class Plan:
     #: For the outage: how long the database is down, in seconds, and how often the broker is restarted.
     down: float = 0.0
     restarts: int = 0
+    #: How many keys the messages have, which are to be worked on in order then; and how often a worker is
+    #: frozen.
+    keys: int = 0
+    freezes: int = 0
 
 
 class Stage:
@@ -103,9 +109,9 @@ class Stage:
         assert engine is not None
         with engine.begin() as connection:
             migrate.upgrade(connection)
-            connection.exec_driver_sql("CREATE TABLE effects (id uuid NOT NULL, worker int NOT NULL)")
+            connection.exec_driver_sql(CREATE_EFFECTS)
         engine.dispose()
-        self.broker.create(self.name)
+        self.broker.create(self.name, single=bool(self.plan.keys))
 
     @contextmanager
     def publisher(self) -> Iterator[Callable[[int], None]]:
@@ -132,6 +138,7 @@ class Stage:
             "PROVE_DATABASE": self.database.render_as_string(hide_password=False),
             "PROVE_DIRECTORY": str(self.directory),
             "PROVE_CONTROL": self.plan.control,
+            "PROVE_ORDERED": "1" if self.plan.keys else "",
             "PROVE_MAX_CRASHES": str(self.plan.max_crashes),
         }
 
