@@ -78,7 +78,7 @@ class Work:
     retry=RETRY,
     max_crashes=int(os.environ.get("PROVE_MAX_CRASHES", "20")),
     ordered=ORDERED,
-    key="key",
+    key="key" if ORDERED else None,
 )
 def work(payload: Work, session: Session) -> None:
     busy.set(b"1")
