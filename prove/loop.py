@@ -40,7 +40,7 @@ class KillLoop(Stage):
             time.sleep(self._chosen.uniform(*self.plan.after))
             alone = self._quarantined() if self._chosen.random() < ALONE else []
             victims = self._all() if self.broker.kills_all else [self._chosen.choice(alone or self._begun())]
-            if self._chosen.random() < AIMED:
+            if self.broker.kills_all or self._chosen.random() < AIMED:  # else few of those would hit anything
                 self._aim(victims)
             for victim in victims:
                 self._kill(victim)
