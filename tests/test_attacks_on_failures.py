@@ -96,7 +96,7 @@ def test_options_of_order_that_would_do_nothing_are_refused(options: dict[str, A
 
 @on(("sqlite", "pysqlite"))
 def test_a_policy_without_a_wait_does_not_spin(shop: Shop) -> None:
-    def handler(given: Message) -> None:
+    def handler(given: Message, session: Session) -> None:
         raise ValueError("always")
 
     attempts = shop.attempts(handler, retry=Retrying(wait=wait_fixed(0)))

@@ -17,8 +17,8 @@ from idemq import App
 from idemq.attempts import SyncUnit
 from idemq.errors import Reject
 from idemq.failures import Job, _identity
-from idemq.packing import packed
 from idemq.message import Ack, Dead, Message, Release, key_of
+from idemq.packing import packed
 from tests.core_tools import (
     NOWHERE,
     PROCESSED,

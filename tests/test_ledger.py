@@ -15,10 +15,10 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
+from idemq.drivers import begin
 from idemq.errors import InFlight
 from idemq.ledger import Claim, Ledger
 from idemq.message import Ack, Message, Release, fingerprint_of, key_of
-from idemq.drivers import begin
 from tests.core_tools import PROCESSED, REPEATED, Body, Shop, message, on, write
 
 #: Sync drivers are enough where the statement itself is tested.

@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 
 from idemq import migrate, names, schema
 from idemq.attempts import AsyncUnit, SyncUnit
+from idemq.declared import Consumer
 from idemq.drivers import kind_of
 from idemq.failures import Job
 from idemq.handlers import read
 from idemq.message import Message, Verdict
-from idemq.declared import Consumer
 from idemq.sessions import Maker, Sessions
 from tests.sins.handlers import SINS, Base, Effect, Scene, Taken
 

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from idemq import App, SetupError
 from idemq.attempts import AsyncUnit, SyncUnit
+from idemq.declared import Consumer
 from idemq.handlers import read
 from idemq.message import Ack, Message, Release
-from idemq.declared import Consumer
 from idemq.sessions import Sessions
 from tests.sins.handlers import Effect, Scene, changed_row, deadlock
 from tests.sins.play import Player, Stage, engine_of, found, message
