@@ -11,7 +11,7 @@ from sqlalchemy import URL
 
 from prove.checker import DEAD, WAITING, WRONG, judge
 
-Published = list[tuple[UUID, str]]
+Published = list[tuple[UUID, str, str]]
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def database(postgres_url: URL) -> str:
     """The two tables as far as the checker reads them, and the effects."""
     plain = postgres_url.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain) as connection:
-        connection.execute("CREATE TABLE effects (id uuid NOT NULL)")
+        connection.execute("CREATE TABLE effects (seq bigserial, id uuid NOT NULL)")
         connection.execute("CREATE TABLE idemq_processed (id uuid NOT NULL)")
         connection.execute("CREATE TABLE idemq_failed (identity uuid, state int, reason text)")
     return plain
@@ -40,12 +40,14 @@ class Books:
         claim: bool = True,
         rows: tuple[tuple[int, str], ...] = (),
         published: int = 1,
+        place: int | None = None,
     ) -> None:
         identifier = uuid4()
-        self.published += [(identifier, kind)] * published
+        at = len(self.published) if place is None else place
+        self.published[at:at] = [(identifier, kind, "key")] * published
         with psycopg.connect(self._database) as connection:
             for _ in range(effects):
-                connection.execute("INSERT INTO effects VALUES (%s)", [identifier])
+                connection.execute("INSERT INTO effects (id) VALUES (%s)", [identifier])
             if claim:
                 connection.execute("INSERT INTO idemq_processed VALUES (%s)", [identifier])
             for state, reason in rows:
@@ -86,6 +88,7 @@ def books(database: str) -> Books:
         ({"kind": "exits", "effects": 1}, {"spared": 2}),
         ({"kind": "rejected", "rows": ((WAITING, "suspect"),)}, {"spared": 1, "parked": 1}),
         ({"effects": 1, "rows": ((WAITING, "failed"),)}, {"parked": 1}),
+        ({"effects": 1, "place": 0}, {"disorder": 1}),
     ],
 )
 def test_whatever_is_wrong_with_one_message_is_noticed(
