@@ -66,7 +66,7 @@ class ConsumerWorker:
         self._outage = Outage()
         self._keys = Keys(feed.consumer.lane if feed.consumer.ordered else None)
         self._timed = Timed(self.name)
-        self._suspicion = Suspicion(feed.concurrency)
+        self._suspicion = Suspicion(feed.concurrency, feed.prefetch)
         if isinstance(engine, AsyncEngine):
             assert loop is not None
             self._lanes: Threads[Item | Look] | Tasks[Item | Look] = Tasks(

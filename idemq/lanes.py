@@ -98,27 +98,27 @@ class Kept:
 class Suspicion:
     """Which of the messages that are delivered again are suspects.
 
-    All of those that a queue gives, because its limit of deliveries may drop them. A partition's log gives
-    again what nobody had begun as well: there, the first few that no claim absorbs, as many as an owner can
-    have been working on. Whatever is missed ends the next process, and is among the first then.
+    Of a queue, as many in a row as an owner or two had in hand, because the queue's limit of deliveries may
+    drop them; after its broker crashed, a queue gives everything again. A partition's log gives again what
+    nobody had begun as well: there, the first few that no claim absorbs, as many as an owner can have been
+    working on. Whatever is missed ends the next process, and is among the first then.
     """
 
-    def __init__(self, concurrency: int) -> None:
-        self._most = 2 * concurrency + 6
+    def __init__(self, concurrency: int, prefetch: int) -> None:
+        self._most_of_partition, self._most_of_queue = 2 * concurrency + 6, 2 * prefetch
         self._parked: Counter[object] = Counter()
 
     def of(self, message: Message) -> bool:
-        partition = _partition(message)
-        if not message.redelivered:
-            if partition is not None and self._parked:
-                self._parked.pop(partition, None)
-            return False
-        return partition is None or self._parked[partition] < self._most
+        if message.redelivered:
+            partition = _partition(message)
+            most = self._most_of_queue if partition is None else self._most_of_partition
+            return self._parked[partition] < most
+        if self._parked:
+            self._parked.pop(_partition(message), None)
+        return False
 
     def parked(self, message: Message) -> None:
-        partition = _partition(message)
-        if partition is not None:
-            self._parked[partition] += 1
+        self._parked[_partition(message)] += 1
 
 
 def _partition(message: Message) -> object:

@@ -12,7 +12,7 @@ from tenacity import Retrying, stop_after_attempt, wait_fixed
 from idemq import App, Message, SetupError
 from idemq.embedded import Embedded
 from idemq.failures import RELEASED, Outcome
-from idemq.lanes import Item, Kept
+from idemq.lanes import Item, Kept, Suspicion
 from idemq.message import Ack, Release
 from idemq.outage import Outage
 from tests.core_tools import OWNER, PROCESSED, Shop, message, on, write
@@ -104,3 +104,24 @@ def test_a_policy_without_a_wait_does_not_spin(shop: Shop) -> None:
     assert isinstance(verdict, Release)
     assert verdict.delay is not None
     assert verdict.delay >= 0.1
+
+
+@pytest.mark.hazard("H21")
+@pytest.mark.parametrize(
+    ("origin", "most"),
+    [({"queue": "q"}, 40), ({"topic": "t", "partition": 0}, 8)],
+    ids=["queue", "partition"],
+)
+def test_a_backlog_that_is_delivered_again_as_a_whole_is_not_suspect_as_a_whole(
+    origin: dict[str, Any], most: int
+) -> None:
+    suspicion = Suspicion(concurrency=1, prefetch=20)
+    again = message(redelivered=True, origin=origin)
+    parked = 0
+    for _ in range(100):
+        if suspicion.of(again):
+            suspicion.parked(again)
+            parked += 1
+    assert parked == most
+    assert not suspicion.of(message(origin=origin))
+    assert suspicion.of(again)  # a later crash
