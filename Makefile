@@ -23,7 +23,7 @@ demo: .venv/.core ## run the main job on the embedded broker and SQLite, with a 
 	@$(PY) -m idemq demo
 
 test: .venv/.dev ## run the tests; those that need a missing Docker engine are skipped
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 3 --dist worksteal $(ARGS)
 
 check: .venv/.dev ## linter, format, types, layers
 	.venv/bin/ruff check .

@@ -46,9 +46,9 @@ def check(name: str, unknown: Collection[str], given: dict[str, Any]) -> None:
     _check_rule(name, given.get("id"))
     for option in ("id", "fingerprint", "key"):
         if inspect.iscoroutinefunction(given.get(option)):
-            raise SetupError(f"consumer {name!r}: {option}= takes a plain function, not an async one")
+            raise SetupError(f"consumer {name!r}: {option}= takes plain functions, not async ones")
     for option in ("strict", "ordered", "hold_dead"):
-        if not isinstance(given.get(option, False), bool):
+        if not isinstance(given.get(option), bool | None):
             raise SetupError(f"consumer {name!r}: {option}={given[option]!r} must be True or False")
     for option in ("key", "hold_dead"):
         if given.get(option) and not given.get("ordered"):
