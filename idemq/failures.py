@@ -34,6 +34,8 @@ TOO_OLD, UNDATED = "too old", "undated"
 JUDGED_BAD = ("no id", "unreadable", TOO_OLD, UNDATED)
 #: Reasons for which a row waits.
 FAILED, LATER, SUSPECT, RELEASED = "failed", "later", "suspect", "released"
+#: Never written down: it is tried again where it is, because another transaction was in its way.
+CONTENTION = "contention"
 #: Waits behind another one of its key.
 BEHIND = "behind"
 

@@ -160,15 +160,10 @@ class Unit:
         """
         self._guard.take_back()
         self._undo(session, broken=isinstance(error, BrokeTransaction))
-        if (
-            isinstance(error, DBAPIError)
-            and is_contention(error)
-            and not job.row
-            and job.contended < CONTENDED
-        ):
+        if isinstance(error, DBAPIError) and is_contention(error) and job.contended < CONTENDED:
             job.contended += 1
             delay = random.uniform(0.0, min(SHORT, 0.05 * 2**job.contended))
-            return Outcome(LATER, error, delay, words(error))
+            return Outcome(failures.CONTENTION, error, delay, words(error))
         if self._guard.saw(error) and is_outage(error):  # another database is the handler's own affair
             job.lost += 1  # an outage is met by the claim, too, before the handler is called again
             if job.lost <= LOST:
@@ -231,10 +226,11 @@ class Unit:
 
     def _released(self, job: Job, outcome: Outcome) -> Release | None:
         """The message stays in the worker, unless the attempt that failed has committed its claim."""
-        if job.row is not None or outcome.delay is None or outcome.reason not in (FAILED, LATER):
-            return None
-        if outcome.delay > SHORT and self._consumer.parks:
-            return None
+        if outcome.reason != failures.CONTENTION:
+            if job.row is not None or outcome.delay is None or outcome.reason not in (FAILED, LATER):
+                return None
+            if outcome.delay > SHORT and self._consumer.parks:
+                return None
         if job.tokens:
             assert job.key is not None
             if self._ledger.token(self.connection, self._number, job.key) in job.tokens:
