@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -60,7 +61,7 @@ class Plan:
     freezes: int = 0
 
 
-class Stage:
+class Stage(ABC):
     """One run of a plan, in a directory and a database of its own."""
 
     def __init__(
@@ -99,9 +100,9 @@ class Stage:
                 worker.kill()
             self.broker.remove(self.name)
 
+    @abstractmethod
     def play(self) -> dict[str, Any]:
         """The scenario: everything until workers have stopped."""
-        raise NotImplementedError
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True)
