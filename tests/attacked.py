@@ -100,7 +100,7 @@ class Field:
     def end(self, process: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> int:
         """Its exit code, once it has ended after the signal."""
         process.send_signal(number)
-        return process.wait(45)
+        return process.wait(90)
 
 
 @contextmanager
@@ -142,5 +142,5 @@ def gone(pid: int) -> bool:
     return state == "Z"
 
 
-def wait_gone(*pids: int, seconds: float = 30) -> None:
-    eventually(lambda: all(gone(pid) for pid in pids), seconds, f"processes {pids} end")
+def wait_gone(*pids: int) -> None:
+    eventually(lambda: all(gone(pid) for pid in pids), f"processes {pids} end")

@@ -73,7 +73,7 @@ class Collector:
         for delivery in deliveries:
             self._queue.put(delivery)
 
-    def take(self, seconds: float = 30.0) -> Delivery:
+    def take(self, seconds: float = 90.0) -> Delivery:
         try:
             return self._queue.get(timeout=seconds)
         except queue.Empty:

@@ -146,7 +146,10 @@ def _kafka(image: str) -> Iterator[str]:
 _STARTERS = {"postgres": _postgres, "mariadb": _mariadb, "rabbitmq": _rabbitmq, "kafka": _kafka}
 
 
-def eventually(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
+PATIENCE = 90.0  # seconds; far more than any wait needs, since no test may depend on speed
+
+
+def eventually(condition: Callable[[], object], what: str = "", seconds: float = PATIENCE) -> None:
     """Wait until `condition` is true, for things outside this process that send no event; else fail."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -109,11 +109,11 @@ def test_what_an_async_handler_does_to_its_task_or_loop_ends_with_its_message(
     shop = make(at_first(harm))
     broker.publish(sent(1))
     with shop.running() as worker:
-        eventually(lambda: shop.counts() == Counter(["m1"]), 10)
+        eventually(lambda: shop.counts() == Counter(["m1"]))
         if harm is _cancel_later:
-            assert _over.wait(10)
+            assert _over.wait(90)
         broker.publish(sent(2, 3))
-        eventually(lambda: len(shop.counts()) == 3, 10)
+        eventually(lambda: len(shop.counts()) == 3)
         assert worker.failure is None
     assert shop.counts() == Counter(["m1", "m2", "m3"])
     assert broker.left() == 0
@@ -133,7 +133,7 @@ def test_whatever_a_handler_raises_is_a_failed_attempt(
     shop = make(at_first(harm), kind)
     broker.publish(sent(1, 2))
     with shop.running() as worker:
-        eventually(lambda: len(shop.counts()) == 2, 10)
+        eventually(lambda: len(shop.counts()) == 2)
         assert worker.failure is None
         assert worker.consumers[0].counts["failures"] == 1
     assert shop.counts() == Counter(["m1", "m2"])
@@ -163,7 +163,7 @@ def test_whatever_the_users_session_raises_at_its_flush_is_a_failed_attempt(
     shop.app.consumers["shop"] = replace(declared, consumer=consumer)
     broker.publish(sent(1))
     with shop.running() as worker:
-        eventually(lambda: shop.counts() == Counter(["m1"]), 10)
+        eventually(lambda: shop.counts() == Counter(["m1"]))
         assert worker.failure is None
         assert worker.consumers[0].counts["failures"] == 1
     assert broker.left() == 0
@@ -211,20 +211,20 @@ def test_a_worker_frozen_in_its_transaction_and_thawed_leaves_one_effect(scene: 
     field.hold("m1")
     frozen = field.start("--child")
     broker.publish(sent(1))
-    eventually(lambda: field.begun() == [(frozen.pid, "m1")], 20)
+    eventually(lambda: field.begun() == [(frozen.pid, "m1")])
     frozen.send_signal(signal.SIGSTOP)
     field.release()
     other = field.start("--child")
     # Longer than the heartbeats or the session timeout: the broker gives the message to the other worker.
-    eventually(lambda: "its twin is still in flight" in field.log(), 25)
+    eventually(lambda: "its twin is still in flight" in field.log())
     assert shop.counts() == Counter()
     if lost:  # the database gives up on the frozen client
         with shop.engine.connect() as connection:
             connection.execute(text(IDLE_ENDS))
-        eventually(lambda: shop.counts() == Counter(["m1"]), 10)
+        eventually(lambda: shop.counts() == Counter(["m1"]))
     frozen.send_signal(signal.SIGCONT)
     broker.publish(sent(2))
-    eventually(lambda: shop.counts() == Counter(["m1", "m2"]), 15)
+    eventually(lambda: shop.counts() == Counter(["m1", "m2"]))
     assert [field.end(each) for each in (frozen, other)] == [0, 0]
     assert shop.counts() == Counter(["m1", "m2"])
     assert shop.claims() == 2
@@ -252,7 +252,7 @@ def test_a_storm_of_sigterms_loses_and_doubles_nothing(scene: Scene) -> None:
     for _ in range(2):
         parent = field.start("--processes", "2")
         begun = len(field.begun())  # what an earlier one gave back runs in a process of its own
-        eventually(partial(_goes_on, field, shop, begun, len(numbers)), 30)
+        eventually(partial(_goes_on, field, shop, begun, len(numbers)))
         struck = [parent.pid, *children(parent.pid)]
         until = time.monotonic() + chosen.uniform(0, 0.1)
         while parent.poll() is None and time.monotonic() < until:
@@ -260,7 +260,7 @@ def test_a_storm_of_sigterms_loses_and_doubles_nothing(scene: Scene) -> None:
         assert parent.poll() is not None or field.end(parent) is not None
         wait_gone(*struck)
     last = field.start("--processes", "2")
-    eventually(lambda: len(shop.counts()) == len(numbers), 30)
+    eventually(lambda: len(shop.counts()) == len(numbers))
     assert field.end(last) == 0
     assert shop.counts() == Counter(f"m{n}" for n in numbers)
     assert shop.claims() == len(numbers)
@@ -282,12 +282,12 @@ def test_one_stop_that_reaches_parent_and_children_lets_what_runs_finish(scene: 
     field.hold("m1")
     parent = field.start()
     broker.publish(sent(1))
-    eventually(lambda: field.begun(), 20)
+    eventually(lambda: field.begun())
     for pid in (parent.pid, *children(parent.pid)):  # as a service manager does
         os.kill(pid, signal.SIGTERM)
-    eventually(lambda: "stopping" in field.log(), 10)
+    eventually(lambda: "stopping" in field.log())
     field.release()
-    assert parent.wait(30) == 0
+    assert parent.wait(90) == 0
     assert len(field.begun()) == 1
     assert shop.counts() == Counter(["m1"])
     assert broker.left() == 0
@@ -299,13 +299,13 @@ def test_a_second_sigterm_ends_processes_that_are_frozen_and_busy(scene: Scene) 
     field, shop, broker = scene
     field.hold("m1")
     parent = field.start("--processes", "2")
-    eventually(lambda: field.log().count("started, process") == 2, 20)
+    eventually(lambda: field.log().count("started, process") == 2)
     broker.publish(sent(1))
-    eventually(field.begun, 20)
+    eventually(field.begun)
     processes = children(parent.pid)
     os.kill(processes[0], signal.SIGSTOP)
     parent.send_signal(signal.SIGTERM)
-    eventually(lambda: "stopping" in field.log(), 10)
+    eventually(lambda: "stopping" in field.log())
     assert field.end(parent) != 0
     wait_gone(*processes)
     assert shop.counts() == Counter()
@@ -318,12 +318,12 @@ def test_children_end_in_order_when_their_parent_is_killed(scene: Scene) -> None
     field, shop, broker = scene
     field.hold("m1")
     parent = field.start("--processes", "2")
-    eventually(lambda: field.log().count("started, process") == 2, 20)
+    eventually(lambda: field.log().count("started, process") == 2)
     broker.publish(sent(1))
-    eventually(field.begun, 20)
+    eventually(field.begun)
     processes = children(parent.pid)
     parent.kill()
-    eventually(lambda: "stopping" in field.log(), 10)
+    eventually(lambda: "stopping" in field.log())
     field.release()
     wait_gone(*processes)
     assert shop.counts() == Counter(["m1"])
@@ -370,7 +370,7 @@ def test_a_process_that_cannot_be_started_is_tried_again() -> None:
             lines = iter(parent.stderr.readline, "")
             assert sum("started" in next(lines) for _ in range(4)) == 4
             parent.send_signal(signal.SIGTERM)
-            parent.wait(15)
+            parent.wait(90)
         finally:
             parent.kill()
 
@@ -387,12 +387,12 @@ def test_a_handler_that_blocks_for_three_heartbeats_keeps_its_delivery(
     def block(message: Message) -> None:  # an async handler blocks its event loop, too
         begun.append(message.id)
         entered.set()
-        release.wait(60)
+        release.wait(90)
 
     shop = Shop(postgres_url, source(broker), kind, block)
     broker.publish(sent(1))
     with caplog.at_level("WARNING"), shop.running() as worker:
-        assert entered.wait(30)
+        assert entered.wait(90)
         release.wait(4)  # heartbeats are sent each second
         assert worker.consumers[0].subscription.connected
         release.set()
@@ -416,8 +416,8 @@ def test_a_stop_ends_while_the_database_does_not_answer(
         field.url = through
         worker = field.start("--child")
         broker.publish(sent(1))
-        eventually(lambda: shop.counts() == Counter(["m1"]), 20)
-        eventually(lambda: broker.left() == 0, 10)
+        eventually(lambda: shop.counts() == Counter(["m1"]))
+        eventually(lambda: broker.left() == 0)
         frozen.freeze()
         field.end(worker)
     frozen.close()
@@ -434,9 +434,9 @@ def test_a_database_that_fails_while_a_process_starts_is_waited_for(
         field.url = postgres_url.set(host="127.0.0.1", port=between.port)
         between.cut(b"consumer_names", "reply")  # once; as when the server restarts
         parent = field.start()
-        assert between.cut_done.wait(20)
+        assert between.cut_done.wait(90)
         broker.publish(sent(1))
-        eventually(lambda: shop.counts() == Counter(["m1"]), 30)
+        eventually(lambda: shop.counts() == Counter(["m1"]))
         assert field.end(parent) == 0
 
 
@@ -456,14 +456,14 @@ def test_while_the_database_is_down_the_log_stays_short_and_nothing_is_settled(
     began = time.monotonic()
     with caplog.at_level("WARNING", "idemq"), unreachable.running() as worker:
         # One message tries for all 200, ever more seldom.
-        eventually(lambda: worker.consumers[0].counts["released"] > 6, 30)
+        eventually(lambda: worker.consumers[0].counts["released"] > 6)
         assert worker.consumers[0].counts["released"] < 20
         assert len(caplog.messages) <= time.monotonic() - began + 10
         assert worker.consumers[0].counts["failures"] == 0
     assert shop.claims() == 0
     assert broker.left() == len(numbers)
     with shop.running():
-        eventually(lambda: len(shop.counts()) == len(numbers), 30)
+        eventually(lambda: len(shop.counts()) == len(numbers))
     assert shop.counts() == Counter(f"m{n}" for n in numbers)
     for each in (shop, unreachable):
         each.dispose()

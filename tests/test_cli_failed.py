@@ -431,7 +431,7 @@ def test_at_a_terminal_it_asks_first(shop: Shop, cli: Cli, answer: bytes, code: 
                 asked += os.read(ours, 1024)
             assert b"drop 2 dead letters (shop: 2 rejected)" in asked
             os.write(ours, answer)
-            assert process.wait(30) == code
+            assert process.wait(90) == code
         finally:
             process.kill()
             os.close(ours)

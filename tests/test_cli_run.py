@@ -67,7 +67,7 @@ def shop(tmp_path: Path) -> Path:
 
 def idemq(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "idemq", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False, timeout=90)
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def test_it_says_what_it_consumes_and_ends_with_zero_at_sigterm(shop: Path) -> N
     with running(shop) as process:
         eventually(lambda: idemq(shop, "seen", "shop:app", "receipts", "m2").returncode == 0)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(40) == 0
+        assert process.wait(90) == 0
     assert said(shop, r"receipts: from queue 'payments' in .*, 1 at a time .*, into sqlite.*shop.db")
     assert said(shop, r"audit: from queue 'audit' in .*, 3 at a time")
     assert said(shop, r"receipts: processed 2, duplicates 1, parked 0, dead 0, failures 0")
@@ -114,7 +114,7 @@ def test_only_runs_the_named_consumer_and_json_is_one_object_a_line(shop: Path) 
     with running(shop, "--only", "audit", "--log-format", "json") as process:
         eventually(lambda: said(shop, "started, process"))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(40) == 0
+        assert process.wait(90) == 0
     lines = [json.loads(line) for line in (shop / "log").read_text().splitlines()]
     assert all({"at", "level", "logger", "process", "message"} <= line.keys() for line in lines)
     assert any(line["message"].startswith("audit: from") for line in lines)
@@ -210,7 +210,7 @@ def test_a_second_signal_ends_it_at_once_with_the_code_that_shells_know(
         process.send_signal(number)
         eventually(lambda: said(shop, "stopping: finishing what was begun"))
         process.send_signal(number)
-        assert process.wait(10) == code
+        assert process.wait(90) == code
 
 
 def crowded(*, asynchronous: bool = False, **options: Any) -> App:

@@ -189,7 +189,7 @@ def test_killed_between_any_two_steps_of_burying_one_dead_letter_is_left(shop: S
         for step in range(30):
             process = multiprocessing.get_context("fork").Process(target=child, args=(given, step))
             process.start()
-            process.join(60)
+            process.join(90)
             if process.exitcode == 0:
                 break
             kills += process.exitcode == -signal.SIGKILL

@@ -412,7 +412,7 @@ def test_a_cancelled_call_waits_for_its_attempt_and_begins_no_other(engine: Engi
     def slow(payment: Payment, session: Session) -> None:
         tries.append(1)
         inside.set()
-        assert leave.wait(60)
+        assert leave.wait(90)
         session.execute(insert(Effect).values(mark=payment.id))
         raise OSError("away")
 

@@ -57,10 +57,8 @@ class Inbox:
     def bodies(self) -> list[bytes | None]:
         return [message.body for message in self.messages]
 
-    def wait(self, count: int, seconds: float = 30) -> None:
-        eventually(
-            lambda: len(self.deliveries) >= count, seconds, f"{count} deliveries, got {len(self.deliveries)}"
-        )
+    def wait(self, count: int) -> None:
+        eventually(lambda: len(self.deliveries) >= count, f"{count} deliveries, got {len(self.deliveries)}")
 
 
 def finish(delivery: Delivery) -> None:
@@ -558,7 +556,7 @@ def test_a_handler_that_blocks_for_three_session_timeouts_keeps_its_partitions(
 
     def block(delivery: Delivery) -> None:
         assert delivery.start()
-        release.wait(60)
+        release.wait(90)
         delivery.ack()
 
     workers: list[threading.Thread] = []
@@ -637,9 +635,9 @@ def test_reading_goes_on_after_the_broker_restarted(
     with reading(topic, inbox) as subscription, caplog.at_level(logging.INFO, "idemq.kafka"):
         inbox.wait(100)
         own.restart()
-        eventually(lambda: _produced(own.servers, unique, [b"b%d" % n for n in range(100)]), 60, "the broker")
-        eventually(lambda: len({*inbox.bodies}) == 200, 30, "the records after the restart")
-        eventually(lambda: caught_up(own.servers, unique, 2), 30, "lag 0")
+        eventually(lambda: _produced(own.servers, unique, [b"b%d" % n for n in range(100)]), "the broker")
+        eventually(lambda: len({*inbox.bodies}) == 200, "the records after the restart")
+        eventually(lambda: caught_up(own.servers, unique, 2), "lag 0")
         eventually(lambda: subscription.connected, what="connected")
     assert all(record.exc_info is None for record in caplog.records if record.name == "idemq.kafka")
 
@@ -657,12 +655,12 @@ def test_a_worker_whose_handler_blocks_for_three_session_timeouts_keeps_its_part
     def block(message: Message) -> None:  # an async handler blocks its event loop, too
         begun.append(message.id)
         entered.set()
-        release.wait(60)
+        release.wait(90)
 
     topic = source(own.servers, unique, session_timeout=1.5)
     shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), topic, kind, block)
     with shop.running() as worker:
-        assert entered.wait(30)
+        assert entered.wait(90)
         members = tools.members(own.servers, f"g-{unique}")
         release.wait(4.5)
         assert worker.consumers[0].subscription.connected
@@ -686,19 +684,19 @@ def test_a_worker_goes_on_after_the_broker_restarted_under_it(
     def hold(message: Message) -> None:
         if message.id == "m0":
             entered.set()
-            assert back.wait(60)
+            assert back.wait(90)
 
     topic = source(own.servers, unique, session_timeout=3.0)
     shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), topic, kind, hold)
     broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50)])
     with shop.running():
-        assert entered.wait(30)
+        assert entered.wait(90)
         own.restart()
         back.set()
         later = [(f"m{n}", b'{"n": 1}') for n in range(50, 100)]
-        eventually(lambda: _reached(lambda: broker.publish(later)), 60, "the broker")
-        eventually(lambda: len(shop.counts()) == 100, 30, "all effects")
-        eventually(lambda: caught_up(own.servers, unique, 2), 30, "lag 0")
+        eventually(lambda: _reached(lambda: broker.publish(later)), "the broker")
+        eventually(lambda: len(shop.counts()) == 100, "all effects")
+        eventually(lambda: caught_up(own.servers, unique, 2), "lag 0")
     assert shop.counts() == Counter(f"m{n}" for n in range(100))
     shop.dispose()
 

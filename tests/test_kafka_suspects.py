@@ -344,7 +344,7 @@ def test_rebalances_that_drain_make_no_suspects(kafka_servers: str, unique: str)
     for thread in members:
         thread.start()
     try:
-        eventually(lambda: len(done) == count, 20, "all records")
+        eventually(lambda: len(done) == count, "all records")
     finally:
         stop.set()
         for thread in members:

@@ -217,7 +217,7 @@ def test_of_two_people_at_once_one_wins_each_letter(shop: Shop) -> None:
     together = Barrier(2)
 
     def act(name: str) -> int:
-        together.wait(30)
+        together.wait(90)
         with begun(shop) as connection:
             if name == "ann":
                 return letters.retry(connection, by=name, ids=pks)

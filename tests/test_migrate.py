@@ -125,7 +125,7 @@ def test_upgrades_at_the_same_time_make_the_tables_once(engine: Engine) -> None:
     together = Barrier(6)
 
     def upgrade(_: int) -> None:
-        together.wait(30)
+        together.wait(90)
         with engine.begin() as connection:
             migrate.upgrade(connection)
 

@@ -81,11 +81,11 @@ def test_a_twin_in_flight_is_waited_for_and_then_named(caller: Caller) -> None:
         with once(caller.engine, "shop", "1", wait=30) as work:
             work.session.execute(insert(effects).values(mark="twin"))
             inside.set()
-            assert leave.wait(60)
+            assert leave.wait(90)
 
     with ThreadPoolExecutor(1) as pool:
         twin = pool.submit(hold)
-        assert inside.wait(60)
+        assert inside.wait(90)
         with pytest.raises(InFlight):
             caller("1", wait=0.05)
         leave.set()

@@ -85,7 +85,7 @@ def test_a_worker_that_stops_leaves_no_gap_for_the_next_one(broker: Broker, make
     stopping, other = make(gate, prefetch=4), make()
     broker.publish(sent(*range(1, 13)), headers={"key": "a"})
     with stopping.running() as worker:
-        eventually(lambda: gate.begun == ["m1"], 20)
+        eventually(lambda: gate.begun == ["m1"])
         with other.running():
             ending = threading.Thread(target=worker.stop)
             ending.start()
@@ -93,7 +93,7 @@ def test_a_worker_that_stops_leaves_no_gap_for_the_next_one(broker: Broker, make
             time.sleep(1.5)  # for what must not come
             assert other.order() == []
             gate.held.clear()
-            eventually(lambda: len(other.counts()) == 12, 60)
+            eventually(lambda: len(other.counts()) == 12)
     assert other.order() == ids(*range(1, 13))
 
 
@@ -129,7 +129,7 @@ def test_one_of_a_key_at_a_time_and_different_keys_side_by_side(
         broker.publish(sent(start, start + 1), headers={"key": "a"})
         broker.publish(sent(start + 2), headers={"key": "b"})
     with shop.running():
-        eventually(lambda: len(shop.counts()) == 60, 30)
+        eventually(lambda: len(shop.counts()) == 60)
     assert together.is_set()
     assert most == Counter(a=1, b=1)
     done = [int(each[1:]) for each in shop.order()]
@@ -153,7 +153,7 @@ def test_a_short_wait_holds_its_key_and_no_other(broker: Broker, make: Make) -> 
     broker.publish(sent(1, 2, 3), headers={"key": "a"})
     broker.publish(sent(4), headers={"key": "b"})
     with shop.running():
-        eventually(lambda: len(shop.counts()) == 4, 20)
+        eventually(lambda: len(shop.counts()) == 4)
     assert overtook == ids(4, 1, 2, 3)
     assert (shop.order(), shop.failed()) == (ids(4, 1, 2, 3), [])
 
@@ -171,12 +171,12 @@ def test_what_waits_in_the_table_is_run_in_order_by_whoever_comes(broker: Broker
     broker.publish(sent(1, 2, 3, 4, 5), headers={"key": "a"})
     broker.publish(sent(6), headers={"key": "b"})
     with first.running():
-        eventually(lambda: first.waiting() == 5, 20)
-        eventually(lambda: first.order() == ids(6), 20)
+        eventually(lambda: first.waiting() == 5)
+        eventually(lambda: first.order() == ids(6))
     broken.clear()
     with first.running(), second.running():
         broker.publish(sent(7, 8), headers={"key": "a"})
-        eventually(lambda: len(first.counts()) == 8, 40)
+        eventually(lambda: len(first.counts()) == 8)
     assert first.order() == ids(6, 1, 2, 3, 4, 5, 7, 8)
     assert first.failed() == []
 
@@ -196,8 +196,8 @@ def test_a_key_that_cannot_be_told_is_a_dead_letter_and_the_others_stay_in_order
         broker.publish(sent(start, start + 1, start + 2), headers={"key": "a"})
         broker.publish(sent(start + 3), headers={"key": "odd"})
     with shop.running() as worker:
-        eventually(lambda: len(shop.counts()) == 18, 20)
-        eventually(lambda: len(shop.dead()) == 6, 20)
+        eventually(lambda: len(shop.counts()) == 18)
+        eventually(lambda: len(shop.dead()) == 6)
         assert worker.failure is None
     assert shop.order() == ids(*[n for n in range(1, 25) if n % 4])
     assert {reason for reason, _ in shop.dead()} == {"unreadable"}
@@ -225,16 +225,16 @@ def test_a_worker_frozen_in_its_transaction_is_overtaken_by_nobody(
     field.hold("m2")
     frozen = field.start()
     broker.publish(sent(*range(1, 11)), headers={"key": "a"})
-    eventually(lambda: [id for _, id in field.begun()] == ids(1, 2), 20)
+    eventually(lambda: [id for _, id in field.begun()] == ids(1, 2))
     for pid in (frozen.pid, *children(frozen.pid)):
         os.kill(pid, signal.SIGSTOP)
     field.release()
     other = field.start()
-    eventually(lambda: "its twin is still in flight" in field.log() or shop.waiting() > 1, 25)
+    eventually(lambda: "its twin is still in flight" in field.log() or shop.waiting() > 1)
     broker.publish(sent(11, 12), headers={"key": "a"})
     for pid in (*children(frozen.pid), frozen.pid):
         os.kill(pid, signal.SIGCONT if end == "thawed" else signal.SIGKILL)
-    eventually(lambda: len(shop.counts()) == 12, 60)
+    eventually(lambda: len(shop.counts()) == 12)
     assert shop.order() == ids(*range(1, 13))
     assert field.end(other) == 0
     assert shop.failed() == []
@@ -249,19 +249,19 @@ def test_a_worker_frozen_between_messages_does_not_run_ahead_when_it_thaws(
     field, shop = scene
     broker.publish(sent(1), headers={"key": "a"})
     frozen = field.start("--child")
-    eventually(lambda: shop.order() == ids(1), 20)
+    eventually(lambda: shop.order() == ids(1))
     field.hold("m3")
     broker.publish(sent(*range(2, 8)), headers={"key": "a"})
-    eventually(lambda: field.begun()[-1][1] == "m3", 20)
+    eventually(lambda: field.begun()[-1][1] == "m3")
     frozen.send_signal(signal.SIGSTOP)
     with shop.engine.connect() as connection:  # nothing of it is left in the database, only in its memory
         connection.execute(text(IDLE_ENDS))
     other = field.start("--child")
-    eventually(lambda: (other.pid, "m3") in field.begun() or shop.waiting() > 1, 30)
+    eventually(lambda: (other.pid, "m3") in field.begun() or shop.waiting() > 1)
     frozen.send_signal(signal.SIGCONT)  # both have m3, the one with a transaction that has ended
     broker.publish(sent(8, 9), headers={"key": "a"})
     field.release()
-    eventually(lambda: len(shop.counts()) == 9, 60)
+    eventually(lambda: len(shop.counts()) == 9)
     assert shop.order() == ids(*range(1, 10))
     assert [field.end(each) for each in (frozen, other)] == [0, 0]
     assert shop.failed() == []

@@ -418,7 +418,7 @@ def test_many_who_pick_at_the_same_moment_run_each_message_once(shop: Shop) -> N
     pickers = [shop.attempts(part, retry=POLICY) for _ in range(4)]
 
     def run(picker: Attempts, owner: bytes) -> list[Verdict]:
-        start.wait(20)
+        start.wait(90)
         found: list[Verdict] = []
         for _ in range(200):
             for job in picker.look(owner, 3):
@@ -1086,7 +1086,7 @@ def test_killed_between_any_two_steps_a_message_is_parked_once_or_done_once(shop
     def run(act: Callable[[Message, Session], object], given: Message | None, step: int) -> bool:
         process = multiprocessing.get_context("fork").Process(target=child, args=(act, given, step))
         process.start()
-        process.join(60)
+        process.join(90)
         assert process.exitcode in (0, -signal.SIGKILL)
         return process.exitcode != 0
 
@@ -1169,7 +1169,7 @@ def test_at_any_isolation_level_many_pickers_run_each_message_once(shop: Shop, l
     start = threading.Barrier(len(pickers))
 
     def run(picker: Attempts, owner: bytes) -> list[Verdict]:
-        start.wait(20)
+        start.wait(90)
         found: list[Verdict] = []
         for _ in range(300):
             with suppress(AssertionError):  # what was released by a look is looked for again

@@ -67,7 +67,7 @@ def test_a_lost_reply_to_commit_is_neither_a_failure_nor_a_second_effect(shop: S
             verdict = attempts(job)
             assert isinstance(verdict, Release)
             assert not verdict.failed, verdict
-            assert between.cut_done.wait(10)
+            assert between.cut_done.wait(90)
             assert attempts(job) == Ack(duplicate=lost)
     assert len(shop.effects()) == shop.claims() == 11
     assert shop.dead() == []
@@ -90,7 +90,7 @@ def test_a_reply_lost_while_burying_leaves_one_dead_letter(shop: Shop) -> None:
             job = attempts.consumer.job(bad)
             between.cut(b"COMMIT", "reply")
             assert isinstance(attempts(job), Release)
-            assert between.cut_done.wait(10)
+            assert between.cut_done.wait(90)
             assert attempts(job) == after
     assert sorted(shop.reasons()) == ["no id", "unreadable"]
 
@@ -150,7 +150,7 @@ def test_a_deadlock_is_tried_again_and_not_counted(shop: Shop) -> None:
         change = text("UPDATE effects SET mark = CONCAT(mark, '+') WHERE seq = :seq")
         session.execute(change, {"seq": first})
         if tried[given.id] == 1:
-            both.wait(20)
+            both.wait(90)
         session.execute(change, {"seq": second})
 
     units = [shop.attempts(crossing) for _ in range(2)]
@@ -283,7 +283,7 @@ def in_child(work: Callable[[], None]) -> int | None:
     """Run `work` in a forked process; its exit code, negative for a signal."""
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
-    child.join(60)
+    child.join(90)
     return child.exitcode
 
 

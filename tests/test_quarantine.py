@@ -65,7 +65,7 @@ def test_what_ends_its_process_goes_dead_and_its_neighbours_get_through(tmp_path
         return waiting == 0 and sum(broker.depth("payments")) == 0
 
     with running(tmp_path):
-        eventually(settled, 120)
+        eventually(settled)
     with sqlite3.connect(tmp_path / "shop.db") as connection:
         receipts = connection.execute("SELECT id FROM receipts").fetchall()
         dead = connection.execute("SELECT reason, crashes, owns_claim FROM idemq_failed").fetchall()

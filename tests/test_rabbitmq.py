@@ -351,8 +351,8 @@ def test_a_silent_broker_is_noticed_by_its_missing_heartbeats(
     with consuming(source) as (subscription, got):
         eventually(lambda: subscription.connected)
         proxy.freeze()
-        eventually(lambda: not subscription.connected, 10)
-        eventually(lambda: "heartbeats missed" in caplog.text, 10)
+        eventually(lambda: not subscription.connected)
+        eventually(lambda: "heartbeats missed" in caplog.text)
         proxy.thaw()
         server.publish(queue, b"x")
         assert got.take().message.body == b"x"

@@ -149,20 +149,20 @@ def test_a_worker_goes_on_after_the_broker_was_killed_under_it(
         begun.append(message.id)
         if message.id == "m0":
             entered.set()
-            assert back.wait(60)
+            assert back.wait(90)
 
     queue = RabbitMQ(own.url, connect_timeout=2).queue(unique)
     shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), queue, kind, hold)
     broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50)])
     with shop.running() as worker:
-        assert entered.wait(30)
+        assert entered.wait(90)
         own.kill()
         eventually(lambda: not worker.consumers[0].subscription.connected)
         own.start()
-        eventually(lambda: worker.consumers[0].subscription.connected, 60)
+        eventually(lambda: worker.consumers[0].subscription.connected)
         back.set()
         broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50, 60)])
-        eventually(lambda: len(shop.counts()) == 60, 30, "all effects")
+        eventually(lambda: len(shop.counts()) == 60, "all effects")
     assert shop.counts() == Counter(f"m{n}" for n in range(60))
     assert begun.count("m0") == 1, "its copy waited for it in the worker"
     # The copy of what was being worked on may have been given back at the end.

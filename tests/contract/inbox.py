@@ -20,7 +20,7 @@ class Inbox:
         for delivery in deliveries:
             self._arrived.put(delivery)
 
-    def take(self, count: int = 1, seconds: float = 30.0) -> list[Delivery]:
+    def take(self, count: int = 1, seconds: float = 90.0) -> list[Delivery]:
         """The next `count` deliveries; fails when one does not come within `seconds`."""
         taken: list[Delivery] = []
         for _ in range(count):

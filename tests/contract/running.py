@@ -103,7 +103,7 @@ class Shop:
         worker, started, ended = self.worker(*others), threading.Event(), []
         thread = threading.Thread(target=lambda: ended.append(worker.run(grace, started.set)))
         thread.start()
-        assert started.wait(30)
+        assert started.wait(90)
         try:
             yield worker
         finally:

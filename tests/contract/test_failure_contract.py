@@ -353,7 +353,7 @@ def test_a_handler_that_never_returns_ends_its_worker_and_commits_nothing(
             return None
         if kind == "async":
             return stubborn()
-        release.wait(60)
+        release.wait(90)
         return None
 
     async def stubborn() -> None:
@@ -465,7 +465,7 @@ def test_a_stop_leaves_no_parked_message_with_an_owner(broker: Broker, make: Mak
 
     def hold(message: Message) -> None:
         entered.set()
-        assert release.wait(30)
+        assert release.wait(90)
 
     numbers = range(1, 16)
     first = make(park)
@@ -475,7 +475,7 @@ def test_a_stop_leaves_no_parked_message_with_an_owner(broker: Broker, make: Mak
     first.make_due()
     shop = make(hold)
     with shop.running() as worker:
-        assert entered.wait(30)
+        assert entered.wait(90)
         assert sum(row.owner is not None for row in shop.failed()) > 1
         worker.stop()
         eventually(lambda: all(each._stopping for each in worker.consumers))

@@ -429,7 +429,7 @@ def deadlock(scene: Scene) -> None:
     other = _OtherSide(engine, scene.kind, mine, [*tags, theirs])
     other.start()
     try:
-        assert other.locked.wait(30)
+        assert other.locked.wait(90)
         if scene.kind == "postgresql":
             # The victim is who looks for a circle while it is closed: we, as soon as the other side waits.
             scene.sql("SET LOCAL deadlock_timeout = '10ms'")

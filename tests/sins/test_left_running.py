@@ -69,7 +69,7 @@ def test_a_thread_left_running_cannot_touch_the_next_message(
         if message.id == str(first):
 
             def later() -> None:
-                go.wait(30)
+                go.wait(90)
                 try:
                     stray(session, connection, first.bytes)
                 except Exception as error:
