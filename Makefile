@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; \
 	done)
 PY := .venv/bin/python
-EXTRAS := rabbitmq,kafka,postgresql,mysql,sqlite
+EXTRAS := rabbitmq,kafka,postgresql,mysql,sqlite,redis,http
 # Directories with Python files, of those that mypy covers.
 TYPED := $(foreach d,idemq tests examples benchmarks prove,$(if $(wildcard $(d)/*.py $(d)/*/*.py),$(d)))
 

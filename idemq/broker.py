@@ -1,12 +1,13 @@
-"""What a broker module offers to the worker: a `Source` to read from, which delivers `Delivery` objects.
+"""What a broker module offers: a `Source` to read from, which delivers `Delivery` objects, and a `Publisher`.
 
 Brokers know no tables and the handler path knows no broker; they meet in `worker`. Everything here is
-synchronous and thread-safe: a broker that needs a thread or an event loop of its own hides it.
+synchronous: a broker that needs a thread or an event loop of its own hides it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from idemq.message import Message
@@ -104,3 +105,44 @@ class Source(Protocol):
         one log line each time; nothing is raised.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a message is to go: what `broker.to(...)` says. Made without a connection, and plain data."""
+
+    #: The broker's name, by which the relay finds it.
+    broker: str
+    #: RabbitMQ: exchange and routing key; Kafka: topic; embedded: queue.
+    address: tuple[str, ...]
+
+
+class Publisher(Protocol):
+    """A connection for publishing, made when it is first needed. Used by one thread."""
+
+    def publish(self, batch: Sequence[tuple[tuple[str, ...], Message]], timeout: float) -> list[str | None]:
+        """Publish each message to its address, in this order; what the broker has answered for each of them.
+
+        None: the broker has confirmed that it keeps the message, at this address. A text: it does not, and
+        why, for people (no such exchange, no queue bound, too large). Raises `BrokerUnavailable` when that
+        is not known of at least one of them, within `timeout` seconds: any of them may have been published.
+        A connection on which anything was in doubt is thrown away, so that a late answer to one batch is
+        never taken for one to the next.
+        """
+        ...
+
+    def close(self) -> None:
+        """Disconnect; the next `publish` would connect again."""
+        ...
+
+
+class Broker(Protocol):
+    """What messages can be published to."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def publisher(self) -> Publisher: ...

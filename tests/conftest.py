@@ -46,6 +46,12 @@ def kafka_servers(_running: tuple[ExitStack, dict[str, str]]) -> str:
 
 
 @pytest.fixture
+def redis_url(_running: tuple[ExitStack, dict[str, str]]) -> str:
+    """A running Redis. Use key names of your own: see `unique`."""
+    return _server("redis", _running)
+
+
+@pytest.fixture
 def unique() -> str:
     """A name that no other test uses, for queues, topics and groups."""
     return f"t{uuid.uuid4().hex[:12]}"

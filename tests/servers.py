@@ -18,6 +18,7 @@ from functools import lru_cache
 SERVERS = {
     "postgres": ("IDEMQ_POSTGRES_URL", os.environ.get("IDEMQ_IMAGE_POSTGRES", "postgres:17")),
     "mariadb": ("IDEMQ_MARIADB_URL", os.environ.get("IDEMQ_IMAGE_MARIADB", "mariadb:11")),
+    "redis": ("IDEMQ_REDIS_URL", os.environ.get("IDEMQ_IMAGE_REDIS", "redis:7")),
     "mysql": ("IDEMQ_MYSQL_URL", ""),
     "rabbitmq": ("IDEMQ_RABBITMQ_URL", os.environ.get("IDEMQ_IMAGE_RABBITMQ", "rabbitmq:4-management")),
     "kafka": ("IDEMQ_KAFKA_SERVERS", os.environ.get("IDEMQ_IMAGE_KAFKA", "apache/kafka:4.1.1")),
@@ -143,7 +144,23 @@ def _kafka(image: str) -> Iterator[str]:
         yield f"localhost:{port}"
 
 
-_STARTERS = {"postgres": _postgres, "mariadb": _mariadb, "rabbitmq": _rabbitmq, "kafka": _kafka}
+@contextmanager
+def _redis(image: str) -> Iterator[str]:
+    from testcontainers.core.container import DockerContainer
+    from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
+    ready = LogMessageWaitStrategy("Ready to accept connections").with_startup_timeout(90)
+    with DockerContainer(image).with_exposed_ports(6379).waiting_for(ready) as started:
+        yield f"redis://{started.get_container_host_ip()}:{started.get_exposed_port(6379)}/0"
+
+
+_STARTERS = {
+    "postgres": _postgres,
+    "mariadb": _mariadb,
+    "rabbitmq": _rabbitmq,
+    "kafka": _kafka,
+    "redis": _redis,
+}
 
 
 PATIENCE = 90.0  # seconds; far more than any wait needs, since no test may depend on speed
