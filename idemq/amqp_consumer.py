@@ -19,9 +19,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from idemq.amqp_link import LINK_ERRORS, Link
+from idemq.amqp_link import LINK_ERRORS, Link, refuse_fork
 from idemq.broker import Deliver
-from idemq.errors import SetupError
 from idemq.message import Message
 
 logger = logging.getLogger("idemq.rabbitmq")
@@ -204,12 +203,3 @@ class QueueSubscription:
             exc_info=None if isinstance(error, LINK_ERRORS) else error,
         )
         self._closing.wait(pause)
-
-
-def refuse_fork(pid: int | None) -> None:
-    """A connection and its thread belong to the process that made them."""
-    if pid not in (None, os.getpid()):
-        raise SetupError(
-            f"RabbitMQ was connected in process {pid}, of which this one is a fork: connect in the child "
-            "only, or start processes with multiprocessing's 'spawn'"
-        )

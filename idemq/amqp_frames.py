@@ -21,6 +21,7 @@ from amqp.serialization import decode_properties_basic
 from idemq.message import Message
 
 METHOD, HEADER, BODY = 1, 2, 3
+_WITH_CONTENT = (spec.Basic.Deliver, spec.Basic.Return)
 
 
 class Inbox:
@@ -53,7 +54,7 @@ class Inbox:
             self._finish_if_complete()
         elif kind == METHOD:
             method = unpack_from(">HH", payload)
-            if method == spec.Basic.Deliver:
+            if method in _WITH_CONTENT:
                 self._arguments = payload
                 return False
             if method == spec.Channel.Close:
@@ -75,7 +76,11 @@ class Inbox:
         header, self._header = self._header, None
         chunks, self._chunks = self._chunks, []
         assert header is not None  # RabbitMQ sends a body only after its header
-        self.arrived.append(_delivered(self._arguments, header, b"".join(chunks), self._origin))
+        self.take(self._arguments, header, b"".join(chunks))
+
+    def take(self, arguments: bytes, header: bytes, body: bytes) -> None:
+        """A message is complete."""
+        self.arrived.append(_delivered(arguments, header, body, self._origin))
 
 
 class Settled:
@@ -102,12 +107,12 @@ def _unattached(*_: Any) -> None:
 
 def _channel_closed(payload: bytes) -> Exception:
     (code,) = unpack_from(">H", payload, 4)
-    text, end = _short(payload, 6)
+    text, end = short(payload, 6)
     error: Exception = error_for_code(code, text, unpack_from(">HH", payload, end), amqp.ChannelError)
     return error
 
 
-def _short(payload: bytes, offset: int) -> tuple[str, int]:
+def short(payload: bytes, offset: int) -> tuple[str, int]:
     """A short string for people: publishers may put any bytes into a routing key."""
     end = offset + 1 + payload[offset]
     return payload[offset + 1 : end].decode("utf-8", "backslashreplace"), end
@@ -118,8 +123,8 @@ def _delivered(
 ) -> tuple[int, Message]:
     offset = 5 + arguments[4]  # past the consumer tag
     (tag,) = unpack_from(">Q", arguments, offset)
-    exchange, end = _short(arguments, offset + 9)
-    routing_key, _ = _short(arguments, end)
+    exchange, end = short(arguments, offset + 9)
+    routing_key, _ = short(arguments, end)
     redelivered = bool(arguments[offset + 8] & 1)
     place = {**origin, "exchange": exchange, "routing_key": routing_key}
     return tag, message_of(header[12:], body, redelivered=redelivered, origin=place)

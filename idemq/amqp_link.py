@@ -2,10 +2,12 @@
 
 py-amqp does the handshake, the methods and the heartbeats; reading never blocks, and acknowledgements leave
 in one write, so that the thread can do all of it in turn. After any error the link is of no use any more.
+`Wire` is what a consumer and a publisher have in common.
 """
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 import ssl
@@ -32,7 +34,7 @@ _ACK = Struct(">BHIHHQBB")
 _RECEIVE = 65536
 
 
-class Link:
+class Wire:
     """A connection with one channel; all methods belong to one thread."""
 
     def __init__(self, connection: Any, inbox: Inbox) -> None:
@@ -43,24 +45,17 @@ class Link:
         self._patience: float = self._socket.gettimeout() or 10.0
         self._give_up: float | None = None
         self._rest = b""
-        self._settled = Settled()
-        self._tag: str | None = None
-        self._sole = False
-        self._ticked = 0.0
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         connection.drain_events = self._drain
-        #: As `4.1.2`; empty when the server does not say.
-        self.server_version = str(connection.server_properties.get("version", ""))
         #: How often `tick` must be called, in seconds.
         self.pulse: float = min(1.0, connection.heartbeat / 4)
         #: When bytes came last, in monotonic seconds.
         self.last_seen = time.monotonic()
 
     @classmethod
-    def connect(cls, address: Address, title: str, origin: Mapping[str, Any]) -> Self:
+    def connect(cls, address: Address, title: str, inbox: Inbox) -> Self:
         """Log in and open the channel. Raises `SetupError` or `BrokerUnavailable`."""
-        inbox = Inbox(origin)
         connection = amqp.Connection(
             host=address.netloc,
             userid=address.user,
@@ -84,39 +79,6 @@ class Link:
                 raise _refusal(error, address) from error
             raise
 
-    def find(self, queue: str) -> None:
-        """Raise amqp's `NotFound` when the queue does not exist."""
-        self._channel.queue_declare(queue, passive=True)
-
-    def declare(self, queue: str, arguments: Mapping[str, Any]) -> None:
-        """Make a durable queue; raises amqp's `PreconditionFailed` when it exists and differs."""
-        self._channel.queue_declare(queue, durable=True, auto_delete=False, arguments=dict(arguments))
-
-    def consume(self, queue: str, prefetch: int, *, sole: bool = False) -> None:
-        """`sole`: the queue has a single active consumer, and the next one begins when the connection ends,
-        with what is not acknowledged then. Were this one cancelled before, the next would begin behind it."""
-        self._sole = sole
-        self._channel.basic_qos(0, prefetch, False)
-        self._tag = self._channel.basic_consume(queue)
-
-    @property
-    def consuming(self) -> bool:
-        return self._tag is not None
-
-    def cancel(self) -> None:
-        """Ask for no more deliveries; some may be on their way."""
-        tag, self._tag = self._tag, None
-        if tag is not None and not self._sole:
-            self._channel.basic_cancel(tag, nowait=True)
-
-    def watch(self, wakeup: socket.socket) -> None:
-        """Have `wait` return when `wakeup`, which does not block, is written to."""
-        self._selector.register(wakeup, selectors.EVENT_READ)
-
-    def wait(self, seconds: float) -> bool:
-        """Until there is something to `read` (then True), until a wake-up, or until the time is over."""
-        return bool(self._inbox.arrived) or self._poll(seconds)
-
     def _poll(self, seconds: float) -> bool:
         readable = isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
         for key, _ in self._selector.select(0 if readable else seconds):
@@ -126,12 +88,6 @@ class Link:
                 with suppress(BlockingIOError):
                     key.fileobj.recv(4096)
         return readable
-
-    def read(self) -> list[tuple[int, Message]]:
-        """What has arrived, without waiting, in pieces small enough to write and to tick in between."""
-        self._receive()
-        arrived, self._inbox.arrived = self._inbox.arrived, []
-        return arrived
 
     def _drain(self, timeout: float | None = None) -> None:
         """Stands in for py-amqp's `drain_events`, so that its waiting for answers reads here as well."""
@@ -168,6 +124,64 @@ class Link:
             self._inbox.on_frame((kind, channel, data[start + 7 : end]))
             start = end + 1
         self._rest = data[start:]
+
+    def sever(self) -> None:
+        """End at once; the broker gives back what was not acknowledged."""
+        self._selector.close()
+        _sever(self._connection)
+        self._socket.close()
+
+
+class Link(Wire):
+    """A connection that consumes."""
+
+    def __init__(self, connection: Any, inbox: Inbox) -> None:
+        super().__init__(connection, inbox)
+        self._settled = Settled()
+        self._tag: str | None = None
+        self._sole = False
+        self._ticked = 0.0
+        #: As `4.1.2`; empty when the server does not say.
+        self.server_version = str(connection.server_properties.get("version", ""))
+
+    def find(self, queue: str) -> None:
+        """Raise amqp's `NotFound` when the queue does not exist."""
+        self._channel.queue_declare(queue, passive=True)
+
+    def declare(self, queue: str, arguments: Mapping[str, Any]) -> None:
+        """Make a durable queue; raises amqp's `PreconditionFailed` when it exists and differs."""
+        self._channel.queue_declare(queue, durable=True, auto_delete=False, arguments=dict(arguments))
+
+    def consume(self, queue: str, prefetch: int, *, sole: bool = False) -> None:
+        """`sole`: the queue has a single active consumer, and the next one begins when the connection ends,
+        with what is not acknowledged then. Were this one cancelled before, the next would begin behind it."""
+        self._sole = sole
+        self._channel.basic_qos(0, prefetch, False)
+        self._tag = self._channel.basic_consume(queue)
+
+    @property
+    def consuming(self) -> bool:
+        return self._tag is not None
+
+    def cancel(self) -> None:
+        """Ask for no more deliveries; some may be on their way."""
+        tag, self._tag = self._tag, None
+        if tag is not None and not self._sole:
+            self._channel.basic_cancel(tag, nowait=True)
+
+    def watch(self, wakeup: socket.socket) -> None:
+        """Have `wait` return when `wakeup`, which does not block, is written to."""
+        self._selector.register(wakeup, selectors.EVENT_READ)
+
+    def wait(self, seconds: float) -> bool:
+        """Until there is something to `read` (then True), until a wake-up, or until the time is over."""
+        return bool(self._inbox.arrived) or self._poll(seconds)
+
+    def read(self) -> list[tuple[int, Message]]:
+        """What has arrived, without waiting, in pieces small enough to write and to tick in between."""
+        self._receive()
+        arrived, self._inbox.arrived = self._inbox.arrived, []
+        return arrived
 
     def ack(self, tags: Sequence[int]) -> None:
         """Acknowledge `tags` and nothing else, in one write."""
@@ -206,12 +220,6 @@ class Link:
         self._channel.basic_qos(0, 1, False)
         self._connection.close()
 
-    def sever(self) -> None:
-        """End at once; the broker gives back what was not acknowledged."""
-        self._selector.close()
-        _sever(self._connection)
-        self._socket.close()
-
 
 def _sever(connection: Any) -> None:
     # Ending TLS waits for the other side, which may be gone; py-amqp raises AttributeError and ValueError on
@@ -238,3 +246,12 @@ def _refusal(error: Exception, address: Address) -> IdemqError:
             f"{address.user!r}: check the path of the url, or create it"
         )
     return BrokerUnavailable(f"{where} cannot be reached: {str(error) or type(error).__name__}")
+
+
+def refuse_fork(pid: int | None) -> None:
+    """A connection and its thread belong to the process that made them."""
+    if pid not in (None, os.getpid()):
+        raise SetupError(
+            f"RabbitMQ was connected in process {pid}, of which this one is a fork: connect in the child "
+            "only, or start processes with multiprocessing's 'spawn'"
+        )

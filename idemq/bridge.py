@@ -99,12 +99,12 @@ class Threads(Generic[T]):
 
 
 class EventLoop:
-    """An event loop in a thread of its own, for async handlers."""
+    """An event loop in a thread of its own, for async handlers or a client of a broker."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "idemq-handlers") -> None:
         self.loop = asyncio.new_event_loop()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="idemq-handlers", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -113,7 +113,7 @@ class EventLoop:
             try:
                 self.loop.run_forever()
             except BaseException as error:
-                log.error("a task on the handlers' event loop raised %r", error)
+                log.error("a task on the event loop of %s raised %r", self._thread.name, error)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run it on the loop and wait for it here."""

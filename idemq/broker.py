@@ -117,6 +117,10 @@ class Destination:
     address: tuple[str, ...]
 
 
+class Unsendable(Exception):
+    """This broker cannot carry the message; the text, which `Publisher.publish` answers, says why."""
+
+
 class Publisher(Protocol):
     """A connection for publishing, made when it is first needed. Used by one thread."""
 

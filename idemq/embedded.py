@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from idemq import embedded_rows as rows
-from idemq.broker import Deliver
+from idemq.broker import Deliver, Destination, Unsendable
 from idemq.embedded_consumer import Subscription, wake_all
 from idemq.embedded_file import Connection, connect, errors, is_forked, refuse_fork, transaction
 from idemq.errors import SetupError
@@ -45,6 +45,18 @@ class Embedded:
     def queue(self, name: str, *, declare: bool = False) -> Queue:
         """The queue as a source for consumers; `declare=True` makes it, and the file, when it is missing."""
         return Queue(self, name, declare=declare)
+
+    def to(self, queue: str) -> Destination:
+        """Where to publish."""
+        return Destination(self.name, (_checked("a queue's name", queue),))
+
+    def publisher(self) -> Publisher:
+        """Publishes whole batches, durably; with a connection of its own."""
+        return Publisher(self.path)
+
+    @property
+    def description(self) -> str:
+        return f"embedded broker in {self.path}"
 
     def declare(self, queue: str) -> None:
         """Make the queue, and the file, when it is missing."""
@@ -103,6 +115,61 @@ class Embedded:
         return self._connection
 
 
+class Publisher:
+    """A connection for publishing to the broker in the file `path`: see `broker.Publisher`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection: Connection | None = None
+
+    def publish(self, batch: Sequence[tuple[tuple[str, ...], Message]], timeout: float) -> list[str | None]:
+        refuse_fork(self._path)
+        answers: dict[int, str | None] = {}
+        queues: dict[str, dict[int, tuple[Any, ...]]] = {}
+        for place, (address, message) in enumerate(batch):
+            try:
+                queues.setdefault(_queue(address), {})[place] = _row(message)
+            except Unsendable as error:
+                answers[place] = str(error)
+        try:
+            answers |= self._insert(queues, timeout)
+        except SetupError as error:  # there is no such file, or it cannot be written to
+            answers |= {place: str(error) for places in queues.values() for place in places}
+        for queue, places in queues.items():
+            if None in map(answers.get, places):
+                wake_all(self._path, queue)
+        return [answers[place] for place in range(len(batch))]
+
+    def close(self) -> None:
+        refuse_fork(self._path)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _insert(
+        self, queues: Mapping[str, Mapping[int, tuple[Any, ...]]], timeout: float
+    ) -> dict[int, str | None]:
+        """All in one transaction; only a missing queue is left out."""
+        answers: dict[int, str | None] = {}
+        try:
+            with errors(self._path):
+                if self._connection is not None and not self._connection.is_current():
+                    self.close()
+                self._connection = connection = self._connection or connect(self._path)
+                connection.execute(f"PRAGMA busy_timeout = {int(1000 * timeout)}")
+                with transaction(connection):
+                    for queue, values in queues.items():
+                        try:
+                            rows.insert(connection, rows.number_of(connection, queue), [*values.values()])
+                            answers |= dict.fromkeys(values)
+                        except SetupError as error:
+                            answers |= dict.fromkeys(values, str(error))
+        except BaseException:
+            self.close()
+            raise
+        return answers
+
+
 class Queue:
     """A queue of an embedded broker: a `Source`."""
 
@@ -156,3 +223,20 @@ def _checked(what: str, name: str) -> str:
     if not isinstance(name, str) or not 0 < len(encoded(name)) <= 255:
         raise SetupError(f"{what} must be a text of 1 to 255 bytes, not {name!r}")
     return name
+
+
+def _queue(address: Sequence[str]) -> str:
+    if len(address) != 1:
+        raise Unsendable(f"{tuple(address)!r} is no queue of an embedded broker")
+    return address[0]
+
+
+def _row(message: Message) -> tuple[Any, ...]:
+    if message.properties:
+        raise Unsendable(
+            f"the embedded broker has no property {next(iter(message.properties))!r}: use a header"
+        )
+    try:
+        return rows.row_of(message)
+    except (TypeError, ValueError) as error:
+        raise Unsendable(f"the embedded broker cannot keep it: {error}") from None

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from idemq.broker import Deliver, Subscription
+from idemq.broker import Deliver, Destination, Publisher, Subscription
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka_connect import (
     PROTOCOLS,
@@ -110,8 +110,7 @@ class Kafka:
         to finish. A consumer that makes no progress for `stuck_after` seconds (default: thrice the longer of
         the two) is built anew.
         """
-        if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
-            raise SetupError(f"Kafka topic {name!r}: 1 to 249 of the characters A-Z a-z 0-9 . _ -")
+        _check_topic(name)
         if not isinstance(group, str) or not group:
             raise SetupError(f"topic {name!r}: group=... must name the consumer group")
         for option, number in (("partitions", partitions), ("replication", replication)):
@@ -129,6 +128,21 @@ class Kafka:
         return Topic(
             self, name, group, declare=declare, partitions=partitions, replication=replication, **waits
         )
+
+    def to(self, topic: str) -> Destination:
+        """Where to publish; messages with the same key go to the same partition, in their order."""
+        _check_topic(topic)
+        return Destination(self.name, (topic,))
+
+    def publisher(self) -> Publisher:
+        """Publishes with `acks="all"`, by an idempotent producer."""
+        from idemq.kafka_publisher import KafkaPublisher
+
+        return KafkaPublisher(self.options, self.description)
+
+    @property
+    def description(self) -> str:
+        return f"kafka://{','.join(self.servers)}"
 
     def options(self) -> dict[str, Any]:
         """What every aiokafka client of this cluster is given. Holds the password: do not print it.
@@ -162,7 +176,7 @@ class Topic:
 
     @property
     def description(self) -> str:
-        return f"topic {self.name!r} on kafka://{','.join(self.kafka.servers)}, group {self.group!r}"
+        return f"topic {self.name!r} on {self.kafka.description}, group {self.group!r}"
 
     @property
     def prefetch_per_lane(self) -> int:
@@ -219,6 +233,11 @@ class Topic:
             stuck_after=self.stuck_after,
         )
         return KafkaSubscription(reading, consumer, deliver, prefetch)
+
+
+def _check_topic(name: object) -> None:
+    if not isinstance(name, str) or not _TOPIC.fullmatch(name) or name in (".", ".."):
+        raise SetupError(f"Kafka topic {name!r}: 1 to 249 of the characters A-Z a-z 0-9 . _ -")
 
 
 def _check_seconds(topic: str, waits: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""RabbitMQ as a source of messages.
+"""RabbitMQ as a source of messages, and as a place to publish them to.
 
     rabbit = RabbitMQ("amqps://shop:secret@rabbit.example/orders")
 
@@ -11,9 +11,10 @@ Nothing is declared unless the user says `declare=True`; what is missing, differ
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from idemq.errors import BrokerUnavailable, SetupError
 
@@ -24,12 +25,19 @@ try:
 except ImportError:
     raise SetupError('RabbitMQ needs kombu and amqp: pip install "idemq[rabbitmq]"') from None
 
-from idemq.amqp_consumer import QueueSubscription, refuse_fork
-from idemq.amqp_link import Link
+from idemq.amqp_confirms import Confirms, Receipts
+from idemq.amqp_consumer import QueueSubscription
+from idemq.amqp_frames import Inbox
+from idemq.amqp_link import Link, Wire, refuse_fork
+from idemq.amqp_parcels import SHORT_BYTES
+from idemq.amqp_publisher import AmqpPublisher
 from idemq.amqp_risks import risks
-from idemq.amqp_url import addresses, description_of
-from idemq.broker import Deliver
+from idemq.amqp_url import Address, addresses, description_of
+from idemq.broker import Deliver, Destination
 from idemq.kombu_callback import wrap as wrap
+from idemq.message import encoded
+
+W = TypeVar("W", bound=Wire)
 
 #: The largest `prefetch`: every unsettled delivery is held in memory.
 MOST_PREFETCH = 1000
@@ -79,14 +87,39 @@ class RabbitMQ:
         """
         return Queue(self, name, declare, dict(arguments or {}))
 
-    def connect(self, title: str, origin: Mapping[str, Any]) -> Link:
-        """A connection to the first server that answers."""
+    def to(self, queue: str = "", *, exchange: str = "", routing_key: str = "") -> Destination:
+        """Where to publish: `to("queue")`, or `to(exchange="events", routing_key="order.created")`."""
+        if bool(queue) == bool(exchange) or (queue and routing_key):
+            raise SetupError('RabbitMQ: to("queue"), or to(exchange="...", routing_key="...")')
+        address = (exchange, queue or routing_key)
+        for name in address:
+            if not isinstance(name, str) or len(encoded(name)) > SHORT_BYTES:
+                raise SetupError(f"RabbitMQ: to() takes texts of at most {SHORT_BYTES} bytes, not {name!r}")
+        return Destination(self.name, address)
+
+    def publisher(self) -> AmqpPublisher:
+        """Publishes with confirms, mandatory and persistent."""
+
+        def opened(seconds: float) -> Confirms:
+            share = seconds / len(self._addresses)
+            return self.connect(
+                lambda address: Confirms.connect(
+                    replace(address, connect_timeout=min(address.connect_timeout, share)),
+                    "idemq publisher",
+                    Receipts(),
+                )
+            )
+
+        return AmqpPublisher(opened, self.description)
+
+    def connect(self, opened: Callable[[Address], W]) -> W:
+        """A connection, made by `opened`, to the first server that answers."""
         refuse_fork(self.connected_in)
         self.connected_in = os.getpid()
         unreachable: list[BrokerUnavailable] = []
         for address in self._addresses:
             try:
-                return Link.connect(address, title, origin)
+                return opened(address)
             except BrokerUnavailable as error:
                 unreachable.append(error)
         raise BrokerUnavailable("; ".join(str(error) for error in unreachable)) from unreachable[-1]
@@ -160,7 +193,8 @@ class Queue:
 
     def _connect(self, title: str, prefetch: int | None = None) -> Link:
         """A connection on which the queue was seen to be there as declared, consuming with `prefetch`."""
-        link = self.broker.connect(title, {"broker": self.broker.name, "queue": self.name})
+        origin = {"broker": self.broker.name, "queue": self.name}
+        link = self.broker.connect(lambda address: Link.connect(address, title, Inbox(origin)))
         try:
             if not self._declare:
                 link.find(self.name)

@@ -1,0 +1,271 @@
+"""Records to Kafka: sent is what all replicas in sync have, in the order of the batch within a partition.
+
+After a timeout, a refused record or any error the producer is thrown away, with all that it still held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from asyncio import Future
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from idemq.bridge import EventLoop
+from idemq.broker import Unsendable
+from idemq.errors import BrokerUnavailable, SetupError
+from idemq.kafka_connect import reach, told
+from idemq.message import ID_HEADERS, Message
+
+if TYPE_CHECKING:
+    from aiokafka.errors import BrokerResponseError
+
+#: The largest record that is tried, in bytes; below it the topic decides. Brokers end the connection, without
+#: a word, at a request above 100 MiB.
+MOST_BYTES = 64 * 1024 * 1024
+#: The clean-up of a producer that is thrown away.
+_DISCARD_SECONDS = 1.0
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+_Answers = dict[int, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the producer is given."""
+
+    #: Its place in the batch.
+    place: int
+    topic: str
+    value: bytes | None
+    key: bytes | None
+    headers: list[tuple[str, bytes | None]]
+    timestamp_ms: int | None
+
+
+def record(place: int, address: Sequence[str], message: Message) -> Record:
+    """Raises `Unsendable` for what Kafka cannot carry."""
+    if len(address) != 1:
+        raise Unsendable(f"{tuple(address)!r} is no topic")
+    if message.body is None and message.key is None:
+        raise Unsendable("a tombstone (body=None) needs a key")
+    for name, value in (("body", message.body), ("key", message.key)):
+        if value is not None and not isinstance(value, bytes):
+            raise Unsendable(f"the {name} must be bytes, not {type(value).__name__}")
+    if message.properties:
+        raise Unsendable(f"Kafka has no property {next(iter(message.properties))!r}: make it a header")
+    timestamp = None
+    if message.sent_at is not None:
+        if message.sent_at.tzinfo is None or message.sent_at < _EPOCH:
+            raise Unsendable("sent_at must have a time zone, and be after 1970")
+        timestamp = (message.sent_at - _EPOCH) // timedelta(milliseconds=1)
+    return Record(place, address[0], message.body, message.key, _headers(message), timestamp)
+
+
+def _headers(message: Message) -> list[tuple[str, bytes | None]]:
+    own = {
+        ID_HEADERS[0]: message.id,
+        "content-type": message.content_type,
+        "content-encoding": message.content_encoding,
+    }
+    headers = [(name, _bytes(name, value)) for name, value in message.headers.items()]
+    for name, text in own.items():
+        if not text:
+            continue
+        value = message.headers.get(name)
+        if value is None:
+            headers.append((name, _bytes(name, text)))
+        elif _bytes(name, value) != _bytes(name, text):
+            # Twice it would be ambiguous, and one of them would be wrong.
+            raise Unsendable(f"its header {name!r} is {value!r}, and not {text!r}: leave it out")
+    return headers
+
+
+def _bytes(name: str, value: object) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not isinstance(name, str):
+        raise Unsendable(f"the header {name!r} must be text or bytes, not {type(value).__name__}")
+    try:
+        name.encode()
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise Unsendable(f"the header {name!r} is not UTF-8: {error.reason}") from None
+
+
+class KafkaPublisher:
+    """A producer for one cluster: see `broker.Publisher`. Used by one thread."""
+
+    def __init__(self, options: Callable[[], dict[str, Any]], description: str) -> None:
+        #: The options of a client; refuses a forked process.
+        self._options = options
+        self._description = description
+        self._loop: EventLoop | None = None
+        self._producer: Any = None
+
+    def publish(self, batch: Sequence[tuple[tuple[str, ...], Message]], timeout: float) -> list[str | None]:
+        self._options()
+        deadline = time.monotonic() + timeout
+        answers: _Answers = {}
+        records = []
+        for place, (address, message) in enumerate(batch):
+            try:
+                records.append(record(place, address, message))
+            except Unsendable as error:
+                answers[place] = str(error)
+        if records:
+            self._run(self._publish(records, answers, deadline))
+        return [answers[place] for place in range(len(batch))]
+
+    def close(self) -> None:
+        self._options()
+        if self._loop is not None:
+            self._run(self._discard())
+            self._loop.close()
+            self._loop = None
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._loop is None:
+            self._loop = EventLoop("idemq-kafka-publisher")
+        self._loop.run(work)
+
+    async def _publish(self, records: list[Record], answers: _Answers, deadline: float) -> None:
+        refused = await self._attempt(records, answers, deadline)
+        if len(records) == 1:
+            answers.update(refused)
+        # Records travel together, and one that is refused takes others with it: each goes alone now.
+        for each in records:
+            if each.place in answers:
+                continue
+            try:
+                answers.update(await self._attempt([each], answers, deadline))
+            except BrokerUnavailable:
+                if time.monotonic() < deadline:
+                    raise
+                # What is known is told: the same batch would end the same way for ever.
+                answers.update({place: text for place, text in refused.items() if place not in answers})
+                return
+
+    async def _attempt(self, records: list[Record], answers: _Answers, deadline: float) -> dict[int, str]:
+        """Publish all of them, and write to `answers` what is certain; what the broker refused is returned.
+
+        Raises `BrokerUnavailable`.
+        """
+        from aiokafka.errors import KafkaError
+
+        orderly = False
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                producer = await self._connected()
+                await _find_topics(producer, records, answers)
+                refused = await _send(producer, records, answers)
+            orderly = not refused
+        except TimeoutError:
+            raise BrokerUnavailable(f"{self._description}: no answer in time") from None
+        except SetupError as error:  # somebody has to act, and meanwhile nothing can be sent
+            raise BrokerUnavailable(str(error)) from error
+        except (KafkaError, OSError) as error:
+            raise BrokerUnavailable(f"{self._description}: {told(error)}") from error
+        finally:
+            if not orderly:
+                await self._discard()
+        return refused
+
+    async def _connected(self) -> Any:
+        if self._producer is None:
+            from aiokafka import AIOKafkaProducer
+
+            options = self._options()
+            await reach(options)
+            self._producer = AIOKafkaProducer(
+                **options, acks="all", enable_idempotence=True, max_request_size=MOST_BYTES
+            )
+            await self._producer.start()
+        return self._producer
+
+    async def _discard(self) -> None:
+        """Have nothing more sent, whatever the producer still holds, and close its connections."""
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        await _end_tasks()  # stop() would wait until everything is sent
+        await asyncio.wait([asyncio.create_task(producer.stop())], timeout=_DISCARD_SECONDS)
+        await _end_tasks()
+
+
+async def _end_tasks() -> None:
+    """The loop has no other tasks than those of its producer."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_DISCARD_SECONDS)
+
+
+async def _find_topics(producer: Any, records: Iterable[Record], answers: _Answers) -> None:
+    """Answer for the topics that cannot be written to. (To ask by name as clients do may create a topic.)"""
+    from aiokafka.errors import InvalidTopicError, TopicAuthorizationFailedError, UnknownTopicOrPartitionError
+    from aiokafka.protocol.metadata import MetadataRequest
+
+    reasons = {
+        UnknownTopicOrPartitionError.errno: "there is no topic {!r} (or this user may not see it): create it",
+        TopicAuthorizationFailedError.errno: "this user may not write to the topic {!r}: allow it",
+        InvalidTopicError.errno: "{!r} is no name for a topic",
+    }
+    names = {each.topic for each in records}
+    response = await _ask(producer.client, MetadataRequest(sorted(names), allow_auto_topic_creation=False))
+    missing = {name: reasons[code] for code, name, *_ in response.topics if code in reasons}
+    answers.update(
+        {each.place: missing[each.topic].format(each.topic) for each in records if each.topic in missing}
+    )
+
+
+async def _ask(client: Any, request: Any) -> Any:
+    """The answer of the first broker that gives one."""
+    from aiokafka.errors import KafkaError
+
+    failure: Exception = BrokerUnavailable("Kafka names no broker")
+    for broker in client.cluster.brokers():
+        try:
+            return await client.send(broker.nodeId, request)
+        except KafkaError as error:
+            failure = error
+    raise failure
+
+
+async def _send(producer: Any, records: Iterable[Record], answers: _Answers) -> dict[int, str]:
+    """Hand over all that have no answer yet, in order, and wait for the answers; returns the refusals."""
+    from aiokafka.errors import BrokerResponseError, MessageSizeTooLargeError, TopicAuthorizationFailedError
+
+    futures: dict[int, Future[Any]] = {}
+    refused: dict[int, str] = {}
+    try:
+        for each in records:
+            if each.place in answers:
+                continue
+            try:
+                futures[each.place] = await producer.send(
+                    each.topic, each.value, each.key, timestamp_ms=each.timestamp_ms, headers=each.headers
+                )
+            except (MessageSizeTooLargeError, TopicAuthorizationFailedError) as error:
+                answers[each.place] = _text(error)
+        for place, future in futures.items():
+            try:
+                await future
+                answers[place] = None
+            except BrokerResponseError as error:
+                if error.retriable:
+                    raise
+                refused[place] = _text(error)
+    finally:
+        for future in futures.values():
+            if future.done() and not future.cancelled():
+                future.exception()  # looked at, or asyncio complains that nobody did
+    return refused
+
+
+def _text(error: BrokerResponseError) -> str:
+    # A broker's answer is a number, of which aiokafka knows the meaning.
+    return f"Kafka refused it: {error.message}: {error.args[0] if error.args else error.description}"
