@@ -14,8 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from tenacity import BaseRetrying
 
 from idemq import drivers
-from idemq.broker import Source
+from idemq.broker import Broker, Source
 from idemq.declared import Consumer, fingerprint_by, key_by
+from idemq.effects import SETTLE, Effect, LookUp, declare
 from idemq.engines import parsed, prepare, refuse_unsafe, watch_forks
 from idemq.errors import SetupError
 from idemq.failures import MAX_KEPT
@@ -23,6 +24,7 @@ from idemq.handlers import Handler, read
 from idemq.ledger import WAIT
 from idemq.message import Message
 from idemq.options import check
+from idemq.relay import Leaving
 from idemq.retry import policy
 from idemq.sessions import Maker, Sessions
 
@@ -54,7 +56,8 @@ class App:
     `database` is a URL, a sync Engine or an AsyncEngine; with both kinds of handlers give both engines, or a
     URL whose database has drivers of both kinds installed. `session` is a sessionmaker of yours, whose
     options and class are kept. `schema` is the database schema of idemq's tables (default: the
-    connection's). Raises `SetupError` for whatever would break the guarantee.
+    connection's). `brokers` are those that the app publishes to through its outbox. Raises `SetupError` for
+    whatever would break the guarantee.
     """
 
     def __init__(
@@ -64,12 +67,17 @@ class App:
         *,
         session: Maker | None = None,
         schema: str | None = None,
+        brokers: Sequence[Broker] = (),
     ) -> None:
         if schema is not None and not _IDENTIFIER.match(schema):
             raise SetupError(f"schema={schema!r}: not a plain identifier (letters, digits, underscore)")
         self.schema = schema
         self.sessions = Sessions(session)
         self.consumers: dict[str, Declared] = {}
+        self.effects: dict[str, Effect] = {}
+        self.brokers = {broker.name: broker for broker in brokers}
+        if len(self.brokers) < len(brokers):
+            raise SetupError("App(brokers=...): two have the same name; give one of them another name=")
         self._url: URL | None = None
         self._engine: Engine | None = None
         self._async_engine = async_engine
@@ -170,9 +178,57 @@ class App:
         given = {option: each for option, each in locals().items() if option not in _NO_OPTIONS}
         check(name, unknown, given)
         self._check_name(name)
+        if name == "relay":
+            raise SetupError("consumer 'relay': `idemq run --only relay` means the relay; take another name")
         if not hasattr(source, "subscribe"):
             raise SetupError(f"consumer {name!r}: {source!r} is no source such as broker.queue(...)")
         return partial(self._declare, name, source, given)
+
+    def effect(
+        self,
+        name: str,
+        *,
+        repeat: Literal["provider-key"] | LookUp | None = None,
+        key_lifetime: float | None = None,
+        settle: float = SETTLE,
+        retry: BaseRetrying | None = None,
+        concurrency: int = 10,
+    ) -> Callable[[Function], Function]:
+        """Declare the decorated function as an effect; it is given back unchanged.
+
+        It takes the payload and the provider key, a text that is the same for every attempt. Returning means
+        that the effect is there; `NotSent` that this call has certainly not got through (tried again by
+        `retry`, a `tenacity.Retrying`); `Refused` that the provider said no for good; every other exception,
+        and the death of the process, leaves it *in doubt*. That is resolved by `repeat`:
+        "provider-key": called again, while the provider knows the key, `key_lifetime` seconds from the first
+        call, less a minute. A look-up, a function like the effect: True ends it, False has it called again,
+        asked `settle` seconds after the last call ended. None: by a person, `idemq doubt list`.
+        `concurrency`: calls at a time in each process.
+        """
+        if name in self.effects:
+            raise SetupError(f"effect {name!r} is declared twice")
+
+        def declared(function: Function) -> Function:
+            self.effects[name] = declare(
+                name,
+                function,
+                repeat=repeat,
+                key_lifetime=key_lifetime,
+                settle=settle,
+                retry=retry,
+                concurrency=concurrency,
+            )
+            return function
+
+        return declared
+
+    def leaving(self) -> Leaving | None:
+        """What a relay of this app sends; None when it declares neither brokers nor effects."""
+        if not self.brokers and not self.effects:
+            return None
+        engine = self.engine or self.async_engine
+        assert engine is not None
+        return Leaving(list(self.brokers.values()), list(self.effects.values()), engine, self.schema)
 
     def _declare(self, name: str, source: Source, given: dict[str, Any], function: Function) -> Function:
         self._check_name(name)
@@ -207,6 +263,10 @@ class App:
 
     def _handler(self, name: str, function: Callable[..., Any]) -> Handler:
         handler = read(function, name)
+        if "outbox" in handler.wants.values() and not self.brokers:
+            raise SetupError(
+                f"consumer {name!r}: its handler publishes, but nothing is known of where: App(brokers=[...])"
+            )
         self._require_engine(name, handler.asynchronous)
         for wanted in handler.session_classes:
             if not self.sessions.provides(wanted):

@@ -13,7 +13,6 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
-from tenacity import wait_exponential, wait_random
 
 from idemq.bridge import uninterrupted
 from idemq.declared import Consumer
@@ -28,9 +27,6 @@ from idemq.process import Unit, released, throw_away
 FORKED = (
     "this process was forked from the one that connected to the database: start it anew (spawn, not fork)"
 )
-
-#: How long a message that was not done rests before it is tried again, in seconds.
-PAUSE = wait_exponential(multiplier=0.1, max=30) + wait_random(0, 0.1)
 
 
 class SyncUnit:
@@ -99,9 +95,7 @@ class SyncUnit:
             payload = decode(job.message, handler.decoder) if handler.decoder is not None else None
             session = self._consumer.sessions.on(unit.connection) if handler.wants_session else None
             result = handler.function(
-                **handler.arguments(
-                    message=job.message, payload=payload, session=session, connection=unit.connection
-                )
+                **handler.arguments(self._consumer.schema, job.message, payload, session, unit.connection)
             )
             _refuse_unfinished(result)
         except BaseException as error:  # SystemExit in a handler must not end the worker's thread
@@ -213,9 +207,7 @@ class AsyncUnit:
         try:
             payload = decode(job.message, handler.decoder) if handler.decoder is not None else None
             session = self._consumer.sessions.on_async(connection) if handler.wants_session else None
-            arguments = handler.arguments(
-                message=job.message, payload=payload, session=session, connection=connection
-            )
+            arguments = handler.arguments(self._consumer.schema, job.message, payload, session, connection)
             call = partial(_call, handler.function, arguments, self._consumer.deadline)
             result = await (_apart(call) if self._apart else call())
             _refuse_unfinished(result)

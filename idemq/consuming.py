@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -21,13 +21,14 @@ from idemq.bridge import Clock, EventLoop, Tasks, Threads
 from idemq.broker import Delivery, Subscription
 from idemq.copies import Copies
 from idemq.failures import FAILED, JUDGED_BAD, RELEASED, SUSPECT, Job, Outcome
-from idemq.lanes import AsyncLane, Feed, Isolation, Item, Kept, Lane, Look, Suspicion, pause
+from idemq.lanes import AsyncLane, Feed, Isolation, Item, Kept, Lane, Look, Suspicion
 from idemq.message import Ack, Dead, Parked, Release, Verdict
 from idemq.ordering import Keys
 from idemq.outage import Outage
 from idemq.overtime import Timed
 from idemq.packing import shown
 from idemq.parking import KEEP, LEASE, LOOK_EVERY, Found
+from idemq.retry import pause
 
 log = logging.getLogger("idemq.worker")
 
@@ -45,6 +46,7 @@ class ConsumerWorker:
         clock: Clock,
         loop: EventLoop | None,
         isolation: Isolation | None,
+        planned: Callable[[], None],
     ) -> None:
         self.feed = feed
         self.name = feed.consumer.name
@@ -56,7 +58,7 @@ class ConsumerWorker:
         self._leaver: threading.Thread | None = None
         #: Marks the parked messages that this worker has picked.
         self.owner = uuid4().bytes
-        self._isolation = isolation
+        self._isolation, self._planned = isolation, planned
         self._clock = clock
         self._lock = threading.Lock()
         self._stopping, self._told = False, float("-inf")
@@ -118,6 +120,8 @@ class ConsumerWorker:
             case Ack(duplicate):
                 item.delivery.ack()
                 self._unjudged = 0
+                if self.feed.consumer.handler.plans:
+                    self._planned()
                 return "duplicates" if duplicate else "processed"
             case Dead(reason):
                 item.delivery.ack()

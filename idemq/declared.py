@@ -13,7 +13,7 @@ from idemq import failures
 from idemq.errors import BadMessage, SetupError
 from idemq.failures import MAX_KEPT, Job, Outcome
 from idemq.handlers import Handler
-from idemq.ledger import WAIT, Ledger
+from idemq.ledger import WAIT, Ledger, clock
 from idemq.message import IdRule, Message, fingerprint_of, key_of, lane_of, message_id
 from idemq.packing import size
 from idemq.retry import Policy
@@ -108,7 +108,7 @@ def too_late(
         return failures.TOO_OLD if horizon is not None and sent_at <= horizon else None
     if consumer.undated == "run":
         return None
-    if sent_at is not None and (sent_at - ledger.now(connection)).total_seconds() <= -AHEAD:
+    if sent_at is not None and (sent_at - clock(connection)).total_seconds() <= -AHEAD:
         return None  # it is our own clock that is behind
     return failures.UNDATED
 

@@ -6,6 +6,8 @@ IdemqError
 ├── BrokerUnavailable   the broker cannot be reached now; it is tried again
 ├── Conflict            the id was processed with another body
 ├── InFlight            the id is being processed elsewhere, and the bounded wait ran out
+├── LockTimeout         somebody else held a row's lock for longer than the bounded wait
+├── LockLost            the lock ended before its holder did; the fencing number refuses what came too late
 ├── BrokeTransaction    the handler ended, or tried to end, the transaction that it was lent
 ├── DeadlinePassed      the handler ran longer than its deadline
 ├── NotSettled          a delivery may not be acknowledged yet, and the time to try was used up
@@ -49,6 +51,14 @@ class Conflict(IdemqError):
 
 class InFlight(IdemqError):
     """The id is being processed by somebody else, and the wait for it ran out."""
+
+
+class LockTimeout(IdemqError):
+    """Somebody else held the lock for longer than the wait."""
+
+
+class LockLost(IdemqError):
+    """The lock was lost: somebody else may hold it."""
 
 
 class BrokeTransaction(IdemqError):
@@ -99,3 +109,11 @@ class RetryLater(Exception):
             raise ValueError(f"RetryLater({seconds!r}): must be from 0 to 2,592,000 seconds")
         super().__init__(reason or f"again in {seconds} s")
         self.seconds = seconds
+
+
+class NotSent(Exception):
+    """Raise it from an effect: this call has not reached the provider, for certain; it is tried again."""
+
+
+class Refused(Exception):
+    """Raise it from an effect: the provider has said no, for good, and has done nothing."""

@@ -12,14 +12,13 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 from uuid import UUID
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, Table, func, select, text
+from sqlalchemy import Column, ColumnElement, Connection, Row, Table, func, select
 
 from idemq import names
 from idemq import schema as tables
-from idemq.drivers import kind_of
 from idemq.errors import SetupError
 from idemq.failures import DEAD, WAITING
-from idemq.ledger import NOW
+from idemq.ledger import clock
 from idemq.message import Message
 from idemq.packing import as_text, message_of, unpacked
 
@@ -120,13 +119,6 @@ def find(connection: Connection, prefix: str, *, schema: str | None = None) -> l
     return [_letter(row, named) for row in connection.execute(query)]
 
 
-def now(connection: Connection) -> datetime:
-    """The database's clock."""
-    query = text(f"SELECT {NOW[kind_of(connection.dialect)]} AS now").columns(now=tables.Time())
-    moment: datetime = connection.execute(query).scalar_one()
-    return moment
-
-
 def chosen(
     connection: Connection,
     schema: str | None,
@@ -144,7 +136,7 @@ def chosen(
         conditions.append(table.c.reason == reason)
     older, newer = which.get("older_than"), which.get("newer_than")
     if older is not None or newer is not None:
-        moment = now(connection)
+        moment = clock(connection)
         conditions += [since < moment - older] if older is not None else []
         conditions += [since > moment - newer] if newer is not None else []
     query = select(*columns).where(*conditions).order_by(table.c.seq).limit(which.get("limit"))

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 from idemq import schema
 from idemq.drivers import too_small_packet
 from idemq.errors import BrokeTransaction, IdemqError
-from idemq.ledger import Ledger
+from idemq.ledger import Ledger, clock
 from idemq.message import Ack, Dead, Message, Parked, Verdict
 from idemq.packing import error_text, kept, packed, properties_of
 
@@ -128,7 +128,7 @@ def put(
             if row is not None:
                 _give_way(connection, table, consumer, job, row)
             return Ack(duplicate=True)
-    now = ledger.now(connection)
+    now = clock(connection)
     changes = _changes(job, outcome, now)
     if owns:
         changes |= {"owns_claim": True, "identity": job.key}

@@ -15,18 +15,21 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
+from idemq.effects import AsyncEffects, Effects
 from idemq.errors import SetupError
 from idemq.message import Message
+from idemq.outbox import AsyncOutbox, Outbox
 from idemq.payload import Decoder, decoder_for
 
-Kind = Literal["message", "session", "connection", "payload"]
+Kind = Literal["message", "session", "connection", "payload", "outbox", "effects"]
 
-_TWINS: dict[type[Any], type[Any]] = {
-    Session: AsyncSession,
-    Connection: AsyncConnection,
-    AsyncSession: Session,
-    AsyncConnection: Connection,
-}
+#: What a handler may ask for, as sync and as async handlers know it.
+_TWINS: tuple[tuple[Kind, type[Any], type[Any]], ...] = (
+    ("session", Session, AsyncSession),
+    ("connection", Connection, AsyncConnection),
+    ("outbox", Outbox, AsyncOutbox),
+    ("effects", Effects, AsyncEffects),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,19 @@ class Handler:
     def wants_session(self) -> bool:
         return bool(self.session_classes)
 
-    def arguments(self, **given: Any) -> dict[str, Any]:
-        """The keyword arguments of one call; `given` by kind."""
+    @property
+    def plans(self) -> bool:
+        """It may write what the relay is to send."""
+        return not {"outbox", "effects"}.isdisjoint(self.wants.values())
+
+    def arguments(
+        self, schema: str | None, message: Message, payload: Any, session: Any, connection: Any
+    ) -> dict[str, Any]:
+        """The keyword arguments of one call; what is planned goes into the tables of `schema`."""
+        given = {"message": message, "payload": payload, "session": session, "connection": connection}
+        for kind, *classes in _TWINS:
+            if kind in ("outbox", "effects") and kind in self.wants.values():
+                given[kind] = classes[self.asynchronous](connection, schema=schema)
         return {name: given[kind] for name, kind in self.wants.items()}
 
 
@@ -97,19 +111,20 @@ def _kind(parameter: inspect.Parameter, hint: Any, asynchronous: bool, consumer:
         raise _wrong(consumer, parameter, "has no annotation; say what the handler wants")
     if hint is Message:
         return "message"
-    for base, twin in _TWINS.items():
-        if isinstance(hint, type) and issubclass(hint, base):
-            if asynchronous != base.__name__.startswith("Async"):
-                kind = "async" if asynchronous else "sync"
-                raise _wrong(consumer, parameter, f"must be {twin.__name__} in an {kind} handler")
-            return "session" if base in (Session, AsyncSession) else "connection"
+    for wanted, sync, twin in _TWINS:
+        if isinstance(hint, type) and issubclass(hint, sync | twin):
+            right, how = (twin, "an async") if asynchronous else (sync, "a sync")
+            if not issubclass(hint, right):
+                raise _wrong(consumer, parameter, f"must be {right.__name__} in {how} handler")
+            return wanted
     if _is_payload(hint):
         return "payload"
     raise _wrong(
         consumer,
         parameter,
         f"is annotated {hint!r}; a handler may ask for Message, Session or Connection (AsyncSession or "
-        "AsyncConnection when it is async) and one dataclass, msgspec.Struct, TypedDict or pydantic model",
+        "AsyncConnection when it is async), Outbox or Effects, and one dataclass, msgspec.Struct, "
+        "TypedDict or pydantic model",
     )
 
 

@@ -29,7 +29,7 @@ from tenacity import (
 )
 
 from idemq import schema
-from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
+from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.block import has_trigger, registered
 from idemq.declared import Consumer, fingerprint_by
 from idemq.errors import NotSettled, SchemaError, SetupError
@@ -39,6 +39,7 @@ from idemq.ledger import WAIT
 from idemq.message import Ack, Dead, IdRule, Message, Release, Verdict
 from idemq.options import check
 from idemq.process import released
+from idemq.retry import PAUSE
 from idemq.scopes import refuse_shared
 from idemq.sessions import Maker, Sessions
 

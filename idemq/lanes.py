@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
-from tenacity import RetryCallState, Retrying
 
-from idemq.attempts import PAUSE, AsyncUnit, SyncUnit
+from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.broker import Delivery, Source
 from idemq.declared import Consumer
 from idemq.failures import Job
@@ -222,10 +221,3 @@ class AsyncLane:
             with suppress(Exception):  # the database is away: the lease ends
                 await self._unit.lease(self._worker.owner)
         await self._unit.close()
-
-
-def pause(releases: int) -> float:
-    """Seconds before a message that was released so often is tried again."""
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = releases
-    return PAUSE(state)

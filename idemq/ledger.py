@@ -43,6 +43,13 @@ class Claim:
     xid: str | None = None
 
 
+def clock(connection: Connection) -> datetime:
+    """The database's clock."""
+    query = text(f"SELECT {NOW[kind_of(connection.dialect)]} AS now").columns(now=schema.Time())
+    moment: datetime = connection.execute(query).scalar_one()
+    return moment
+
+
 class Statement:
     """SQL written once with `:name` parameters, compiled once for a driver and run on the driver's cursor."""
 
@@ -240,12 +247,6 @@ class Ledger:
         query = select(table.c.horizon).where(table.c.id == consumer).with_for_update(read=True)
         found: datetime | None = connection.scalar(query)
         return found
-
-    def now(self, connection: Connection) -> datetime:
-        """The database's clock."""
-        value = connection.scalar(text("SELECT " + NOW[self.kind] + " AS now").columns(now=schema.Time()))
-        assert isinstance(value, datetime)
-        return value
 
     def _claim_postgresql(self, connection: Connection, values: dict[str, Any]) -> Claim:
         row = self._insert.first(connection, wait=f"{max(1, round(self._wait * 1000))}ms", **values)

@@ -24,7 +24,6 @@ from idemq.failed_rows import dead_letters as dead_letters
 from idemq.failed_rows import find as find
 from idemq.failed_rows import letter as letter
 from idemq.failed_rows import matching as matching
-from idemq.failed_rows import now as now
 from idemq.failed_rows import parked as parked
 from idemq.failures import BROKE, CONFLICT, DEAD, FAILED, WAITING
 from idemq.ledger import NOW

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-from idemq.lanes import Item, pause
+from idemq.lanes import Item
+from idemq.retry import pause
 
 #: The longest rest between two tries, in seconds.
 MAX_REST = 10.0

@@ -131,7 +131,7 @@ def properties_of(message: Message) -> dict[str, Any]:
     return properties
 
 
-def message_of(row: RowMapping) -> Message:
+def message_of(row: RowMapping | Mapping[str, Any]) -> Message:
     """The message as it was written down."""
     properties = unpacked(row["properties"])
     properties.pop("judged", None)

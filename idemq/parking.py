@@ -18,7 +18,7 @@ from idemq import schema
 from idemq.drivers import begin
 from idemq.errors import Crashed
 from idemq.failures import DEAD, WAITING, Job, Judge, Outcome, Row
-from idemq.ledger import Ledger
+from idemq.ledger import Ledger, clock
 from idemq.message import key_of
 from idemq.packing import message_of, unpacked
 
@@ -100,7 +100,7 @@ class Parking:
 
     def due(self, connection: Connection) -> tuple[bool, bool]:
         """Whether ordinary rows are due (or leases have ended), and whether suspects are. Takes no lock."""
-        table, condition = self._table, self._due(self._ledger.now(connection))
+        table, condition = self._table, self._due(clock(connection))
         suspects = (table.c.starts > 0) & table.c.owner.is_(None)
         found = [
             connection.execute(select(table.c.seq).where(condition, kind).limit(1)).first() is not None
@@ -114,7 +114,7 @@ class Parking:
         With `reap`, rows whose lease has ended become suspects; those that ended a process too often are
         picked here as well, to be buried.
         """
-        now, table = self._ledger.now(connection), self._table
+        now, table = clock(connection), self._table
         ended = table.c.owner.is_not(None)
         wanted = table.c.owner.is_(None) & ((table.c.starts > 0) if alone else (table.c.starts == 0))
         columns = (table.c.seq, table.c.owner, table.c.alone, table.c.crashes)
@@ -158,7 +158,7 @@ class Parking:
         # One after the other, because an UPDATE by owner would wait for, and lock, what others have.
         picked = (table.c.consumer == self._consumer) & (table.c.state == WAITING) & (table.c.owner == owner)
         found = connection.execute(select(table.c.seq).where(picked).with_for_update(skip_locked=True))
-        then = self._ledger.now(connection) + timedelta(seconds=due)
+        then = clock(connection) + timedelta(seconds=due)
         for seq in found.scalars().all():
             connection.execute(update(table).where(table.c.seq == seq).values(not_before=then, **values))
         transaction.commit()

@@ -19,11 +19,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from idemq.attempts import AsyncUnit, SyncUnit
 from idemq.bridge import EventLoop
 from idemq.failures import RELEASED, Job, Outcome
-from idemq.lanes import Feed, pause
+from idemq.lanes import Feed
 from idemq.message import Release, Verdict
 from idemq.overtime import OVERTIME
 from idemq.packing import shown
 from idemq.parking import Found
+from idemq.retry import pause
 
 log = logging.getLogger("idemq.worker")
 

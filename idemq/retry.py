@@ -18,6 +18,7 @@ from tenacity import (
     stop_after_attempt,
     stop_never,
     wait_chain,
+    wait_exponential,
     wait_fixed,
     wait_none,
     wait_random,
@@ -35,6 +36,10 @@ BUGS = (TypeError, AttributeError, NameError, ImportError, NotImplementedError, 
 
 #: The longest wait that a policy may ask for, in seconds: thirty days.
 MAX_WAIT = 30 * 86_400.0
+
+
+#: How long what was not done rests before it is tried again where it is, in seconds.
+PAUSE = wait_exponential(multiplier=0.1, max=30) + wait_random(0, 0.1)
 
 
 class _Stop(stop_after_attempt):
@@ -112,3 +117,10 @@ def _state(retrying: BaseRetrying, attempts: int, elapsed: float, error: BaseExc
     assert state.outcome_timestamp is not None
     state.start_time = state.outcome_timestamp - elapsed
     return state
+
+
+def pause(times: int) -> float:
+    """Seconds to rest before what has failed so many times, for no fault of a message, is tried again."""
+    state = RetryCallState(Retrying(), None, (), {})
+    state.attempt_number = times
+    return PAUSE(state)

@@ -215,8 +215,8 @@ def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
     Table(
         "idemq_outgoing",
         metadata,
-        Column("seq", Serial, primary_key=True, autoincrement=True),
-        Column("pk", Key, nullable=False),
+        Column("seq", Serial, primary_key=True, autoincrement=True),  # the order within a lane
+        Column("pk", Key, nullable=False),  # message id or provider key
         Column("kind", SmallInteger, nullable=False),  # 1 message to publish, 2 effect to run
         Column("state", SmallInteger, nullable=False),  # 1 waiting, 2 sending, 3 in doubt, 4 failed
         Column("target", Name, nullable=False),  # the broker's or the effect's name
@@ -224,6 +224,7 @@ def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
         Column("lane", Key),
         Column("body", Body),
         Column("headers", Blob),
+        Column("properties", Blob),
         Column("attempts", Integer, nullable=False, default=0),
         Column("not_before", Time),
         Column("first_sending_at", Time),
@@ -231,8 +232,9 @@ def _leaving(metadata: MetaData, options: dict[str, Any]) -> None:
         Column("lease_until", Time),
         Column("error", LongText),
         Column("at", Time, nullable=False),
+        Column("last_at", Time, nullable=False),
         UniqueConstraint("pk", name="idemq_outgoing_pk"),
-        Index("idemq_outgoing_due", "state", "not_before"),
+        Index("idemq_outgoing_due", "target", "state", "not_before"),
         Index("idemq_outgoing_lane", "lane", "seq"),
         sqlite_autoincrement=True,
         **options,

@@ -15,6 +15,7 @@ from idemq.bridge import Clock, EventLoop
 from idemq.consuming import ConsumerWorker
 from idemq.errors import SetupError
 from idemq.lanes import Feed, Isolation
+from idemq.relay import Leaving, Relay
 
 log = logging.getLogger("idemq.worker")
 
@@ -29,10 +30,15 @@ class Worker:
     """All consumers of one process, from start to stop."""
 
     def __init__(
-        self, feeds: Sequence[tuple[Feed, Engine | AsyncEngine]], isolation: Isolation | None = None
+        self,
+        feeds: Sequence[tuple[Feed, Engine | AsyncEngine]],
+        isolation: Isolation | None = None,
+        leaving: Leaving | None = None,
     ) -> None:
-        """Without `isolation`, suspects are run here, beside others that they may take with them."""
-        self._feeds = feeds
+        """Without `isolation`, suspects are run here, beside others that they may take with them.
+        `leaving`: what a relay is to send beside the consumers."""
+        self._feeds, self._leaving = feeds, leaving
+        self._relay: Relay | None = None
         self._isolation = isolation
         self._clock = Clock()
         self.failure: BaseException | None = None
@@ -49,9 +55,18 @@ class Worker:
         True: everything that was begun is settled. False: an attempt did not end within `grace` seconds;
         the caller must end the process hard, which is safe.
         """
-        loop = EventLoop() if any(isinstance(engine, AsyncEngine) for _, engine in self._feeds) else None
+        engines = [engine for _, engine in self._feeds]
+        asynchronous = any(isinstance(engine, AsyncEngine) for engine in engines)
+        loop = None
+        if asynchronous or (self._leaving is not None and self._leaving.asynchronous):
+            loop = EventLoop()
+        if self._leaving is not None:
+            engines.append(self._leaving.engine)
+            self._relay = Relay(self._leaving, loop)
+        planned = self._relay.wake if self._relay is not None else _nothing
         workers = [
-            ConsumerWorker(feed, engine, self._clock, loop, self._isolation) for feed, engine in self._feeds
+            ConsumerWorker(feed, engine, self._clock, loop, self._isolation, planned)
+            for feed, engine in self._feeds
         ]
         self.consumers = workers
         self._clock.later(1.0, self._watch)
@@ -63,8 +78,12 @@ class Worker:
             worker.pause()
         end = time.monotonic() + grace
         late = [worker for worker in workers if not worker.close(max(0.0, end - time.monotonic()))]
+        if self._relay is not None:
+            self._relay.pause()
+            if not self._relay.close(max(0.0, end - time.monotonic())):
+                return False
         if loop is not None and not late:
-            for _, engine in self._feeds:
+            for engine in set(engines):
                 if isinstance(engine, AsyncEngine):
                     loop.run(_dispose(engine))  # its connections belong to this loop
             loop.close()
@@ -77,7 +96,7 @@ class Worker:
                 log.error("%s: cannot go on: %s", worker.name, self.failure)
                 self._clock.stop()
                 return
-        if all(worker.stopped is not None for worker in self.consumers):
+        if self.consumers and all(worker.stopped is not None for worker in self.consumers):
             # Started again it would stop again, after as many messages more.
             self.failure = SetupError(f"no consumer is left: {self.consumers[0].stopped}")
             self._clock.stop()
@@ -87,7 +106,13 @@ class Worker:
     def _report(self) -> None:
         for worker in self.consumers:
             worker.report()
+        if self._relay is not None:
+            self._relay.report()
         self._clock.later(REPORT_EVERY, self._report)
+
+
+def _nothing() -> None:
+    """There is no relay to wake."""
 
 
 async def _dispose(engine: AsyncEngine) -> None:

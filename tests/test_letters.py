@@ -18,6 +18,7 @@ from idemq import letters, migrate, names, schema
 from idemq import status as status_module
 from idemq.errors import SetupError
 from idemq.failures import BROKE, CONFLICT, DEAD, WAITING
+from idemq.ledger import clock
 from idemq.message import key_of
 from idemq.packing import packed
 from idemq.status import status
@@ -183,7 +184,7 @@ def test_a_retry_makes_a_dead_letter_wait_with_fresh_counts_and_its_own_id_and_c
     before = row_of(shop, pk)
     with begun(shop) as connection:
         assert letters.retry(connection, by="ann", why="fixed") == 1
-        now = letters.now(connection)
+        now = clock(connection)
     after = row_of(shop, pk)
     assert (after.state, after.reason, after.alone, after.owner) == (WAITING, "failed", False, None)
     assert (after.attempts, after.starts, after.crashes, after.lease_until) == (0, 0, 0, None)

@@ -21,10 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 from tenacity import Retrying, stop_after_attempt, stop_after_delay, wait_fixed
 
-from idemq import App, failed_rows, letters, migrate, schema
+from idemq import App, letters, migrate, schema
 from idemq.attempts import SyncUnit
 from idemq.errors import Reject, RetryLater
 from idemq.failures import RELEASED, Outcome
+from idemq.ledger import clock
 from idemq.message import Dead, Message, Parked, Release, Verdict, key_of
 from idemq.packing import packed
 from idemq.parking import Found
@@ -197,7 +198,7 @@ def test_attempts_and_time_are_counted_over_parking(shop: Shop) -> None:
         assert attempts.again() == [Parked("failed", 2.0, "ValueError: on purpose")]
         assert shop.dead()[0].attempts == count
     with shop.engine.connect() as connection:
-        now = failed_rows.now(connection)
+        now = clock(connection)
     shop.change_rows(first_at=now - timedelta(seconds=101))
     shop.time_passes()
     assert attempts.again() == [Dead("retries used up")]

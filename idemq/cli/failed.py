@@ -32,6 +32,7 @@ from idemq.cli.choosing import (
 )
 from idemq.cli.loading import AppName, Database, Failure, load
 from idemq.failed_rows import Which
+from idemq.ledger import clock
 from idemq.status import status as status_of
 
 dead = typer.Typer(help="Dead letters: list, show, retry or drop them.", no_args_is_help=True)
@@ -98,7 +99,7 @@ def _list(
     found, now = database.do(
         lambda connection: (
             read(connection, schema=database.schema, **which),
-            letters.now(connection),
+            clock(connection),
         ),
     )
     more = len(found) > limit
@@ -240,7 +241,7 @@ def status(app: AppName, as_json: Json = False) -> None:
     """
     database = Database(app, load(app))
     found, now = database.do(
-        lambda connection: (status_of(connection, schema=database.schema), letters.now(connection)),
+        lambda connection: (status_of(connection, schema=database.schema), clock(connection)),
     )
     found = [replace(each, consumer=database.renamed(each.consumer)) for each in found]
     if as_json:

@@ -30,6 +30,7 @@ from idemq.cli.supervisor import supervise
 from idemq.errors import BrokerUnavailable, IdemqError, SchemaError, SetupError
 from idemq.lanes import Feed
 from idemq.quarantine import Quarantine
+from idemq.relay import Leaving
 from idemq.worker import Worker
 
 log = logging.getLogger("idemq.run")
@@ -39,7 +40,12 @@ Result = TypeVar("Result")
 Pairs = list[tuple[Feed, Engine | AsyncEngine]]
 
 
-Only = Annotated[list[str] | None, typer.Option("--only", help="Run this consumer only (repeatable).")]
+#: `--only` with this name runs the relay.
+RELAY = "relay"
+
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="Run this consumer, or `relay`, only (repeatable).")
+]
 Processes = Annotated[int, typer.Option(min=1, help="Worker processes; what dies is started again.")]
 LogFormat = Annotated[Format, typer.Option(help="How log lines are written.")]
 Grace = Annotated[float, typer.Option(min=0, help="Seconds that a stop waits for running handlers.")]
@@ -64,17 +70,18 @@ def run(
     loaded = load(app)
     try:
         feeds = prepare(loaded, _chosen(loaded, only), brokers=not suspects)
+        leaving = loaded.leaving() if not only or RELAY in only else None
     except (IdemqError, Failure) as error:  # nothing of this is mended by starting the process again
         raise SetupError(str(error).replace(" APP`", f" {app}`")) from None
     pairs = [(feed, loaded.engine_for(feed.consumer)) for feed in feeds]
     if suspects:
         _run_suspects(pairs, bytes.fromhex(suspects), grace)
     else:
-        _run_worker(pairs, grace, Isolation(app, log_format.value, grace))
+        _run_worker(pairs, grace, Isolation(app, log_format.value, grace), leaving)
 
 
-def _run_worker(pairs: Pairs, grace: float, isolation: Isolation) -> None:
-    worker = Worker(pairs, isolation)
+def _run_worker(pairs: Pairs, grace: float, isolation: Isolation, leaving: Leaving | None) -> None:
+    worker = Worker(pairs, isolation, leaving)
 
     def stop() -> None:
         isolation.let_go()  # at once: both graces run at the same time
@@ -84,7 +91,7 @@ def _run_worker(pairs: Pairs, grace: float, isolation: Isolation) -> None:
     ended = worker.run(grace, lambda: log.info("started, process %d", os.getpid()))
     isolation.close()
     if not ended:
-        log.warning("a handler did not end within %.0f s: ending the process; its message comes again", grace)
+        log.warning("a call did not end within %.0f s: ending the process; its message comes again", grace)
         os._exit(1)
     if isinstance(worker.failure, SetupError):
         raise worker.failure
@@ -107,11 +114,12 @@ def _run_suspects(pairs: Pairs, owner: bytes, grace: float) -> None:
 
 
 def _chosen(app: App, only: list[str] | None) -> list[Declared]:
-    unknown = [name for name in only or () if name not in app.consumers]
+    relay = [RELAY] if app.leaving() is not None else []
+    unknown = [name for name in only or () if name not in [*app.consumers, *relay]]
     if unknown:
-        known = ", ".join(app.consumers) or "none"
+        known = ", ".join([*app.consumers, *relay]) or "none"
         raise SetupError(f"--only {unknown[0]}: there is no such consumer; declared are: {known}")
-    if not app.consumers:
+    if not app.consumers and not relay:
         raise SetupError("the app declares no consumers")
     return [declared for name, declared in app.consumers.items() if not only or name in only]
 
@@ -136,16 +144,19 @@ def refuse_small_pools(app: App, chosen: list[Declared]) -> None:
         engine = app.engine_for(declared.consumer)
         pool = engine.sync_engine.pool if isinstance(engine, AsyncEngine) else engine.pool
         users.setdefault(pool, []).append(declared)
+    leaving = app.leaving()
     for pool, several in users.items():
         if not isinstance(pool, QueuePool) or pool._max_overflow < 0:
             continue  # it gives as many as are wanted
         needed, most = sum(each.concurrency for each in several), pool.size() + pool._max_overflow
+        needed += int(leaving is not None and leaving.pool is pool)
         if needed > most:
             names = ", ".join(repr(each.consumer.name) for each in several)
+            relay = " and one for the relay" if leaving is not None else ""
             raise SetupError(
-                f"consumer {names}: concurrency needs {needed} connections, one for each message worked on, "
-                f"but the pool of the engine gives {most}: create_engine(..., pool_size={needed}), or a "
-                "lower concurrency"
+                f"consumer {names}: concurrency needs {needed} connections, one for each message worked on"
+                f"{relay}, but the pool of the engine gives {most}: create_engine(..., pool_size={needed}), "
+                "or a lower concurrency"
             )
 
 

@@ -131,15 +131,18 @@ def _leaving(op: Operations, schema: str | None) -> None:
         sa.Column("destination", _BLOB),
         sa.Column("lane", _KEY),
         sa.Column("body", _BODY),
-        sa.Column("headers", _BLOB),
+        *(sa.Column(name, _BLOB) for name in ("headers", "properties")),
         sa.Column("attempts", sa.Integer, nullable=False),
         *(sa.Column(name, _TIME) for name in ("not_before", "first_sending_at")),
         sa.Column("owner", _KEY),
         sa.Column("lease_until", _TIME),
         sa.Column("error", _TEXT),
-        sa.Column("at", _TIME, nullable=False),
+        *(sa.Column(name, _TIME, nullable=False) for name in ("at", "last_at")),
         sa.UniqueConstraint("pk", name="idemq_outgoing_pk"),
-        indexes={"idemq_outgoing_due": ["state", "not_before"], "idemq_outgoing_lane": ["lane", "seq"]},
+        indexes={
+            "idemq_outgoing_due": ["target", "state", "not_before"],
+            "idemq_outgoing_lane": ["lane", "seq"],
+        },
         sqlite_autoincrement=True,
     )
 

@@ -1,0 +1,133 @@
+"""Calls the functions of effects, and writes down what is known of each call."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Connection
+
+from idemq.bridge import EventLoop
+from idemq.effect_rows import LOOK, EffectRows
+from idemq.effects import Effect
+from idemq.errors import NotSent, Refused
+from idemq.outgoing import LEASE, Row
+from idemq.packing import shown, words
+from idemq.pumps import Database, Pump
+from idemq.retry import pause
+
+log = logging.getLogger("idemq.relay")
+
+
+class EffectPump(Pump):
+    """Calls the function of one effect, each in a thread of its own."""
+
+    def __init__(
+        self, effect: Effect, database: Database, schema: str | None, loop: EventLoop | None
+    ) -> None:
+        self._effects = EffectRows(effect.name, uuid4().bytes, schema, effect.repeats)
+        super().__init__(effect.name, database, self._effects)
+        self._effect, self._loop = effect, loop
+        self._running: dict[int, threading.Thread] = {}
+        self._renewed = time.monotonic()
+
+    def round(self) -> bool:
+        self._running = {seq: thread for seq, thread in self._running.items() if thread.is_alive()}
+        if self._running and time.monotonic() >= self._renewed + LEASE / 4:
+            self._renewed = time.monotonic()
+            self.database.run(lambda connection: self._effects.renew(connection, list(self._running)))
+        free = self._effect.concurrency - len(self._running)
+        if not free:
+            return False
+        picked = self.database.run(lambda connection: self._effects.pick(connection, free))
+        for row, step in picked:
+            call = self._look_up if step == LOOK else self._send
+            thread = threading.Thread(target=self._attempt, args=(call, row), name=self.name, daemon=True)
+            self._running[row.seq] = thread
+            thread.start()
+        return len(picked) == free
+
+    def _attempt(self, call: Callable[[Row, Any], Callable[[Connection], bool]], row: Row) -> None:
+        try:
+            payload = self._effect.decoder(row.message.body or b"")
+        except Exception as error:
+            wrong = error
+            self._write(lambda connection: self._effects.refused(connection, row, wrong))
+        else:
+            self._write(call(row, payload))
+        self.wake()
+
+    def _send(self, row: Row, payload: Any) -> Callable[[Connection], bool]:
+        """Call the function; how to write down what came of it."""
+        effects, name = self._effects, self.title
+        try:
+            self._called(self._effect.function, payload, row.key)
+        except NotSent as error:
+            not_sent, since = error, row.message.sent_at
+            elapsed = max(0.0, (datetime.now(UTC) - since).total_seconds()) if since is not None else 0.0
+            delay = self._effect.policy(row.attempts, elapsed, error)
+            log.warning("%s: %s not sent (%s)", name, row.key, shown(words(error)))
+            return lambda connection: effects.not_sent(connection, row, not_sent, delay)
+        except Refused as error:
+            refused = error
+            log.error("%s: %s refused (%s); see `idemq doubt list`", name, row.key, shown(words(error)))
+            return lambda connection: effects.refused(connection, row, refused)
+        except BaseException as error:  # also SystemExit: nobody knows how far the call got
+            doubt, rest = error, pause(row.attempts)
+            decides = (
+                "a person decides: `idemq doubt list`" if self._effect.repeats.due is None else "to be seen"
+            )
+            log.error("%s: %s is in doubt (%s); %s", name, row.key, shown(words(error)), decides)
+            return lambda connection: effects.in_doubt(connection, row, doubt, rest)
+        return lambda connection: effects.done(connection, row)
+
+    def _look_up(self, row: Row, payload: Any) -> Callable[[Connection], bool]:
+        """Ask the provider; how to write down what it says."""
+        effects, look_up = self._effects, self._effect.look_up
+        rest = max(1.0, self._effect.repeats.settle or 0.0)
+        try:
+            assert look_up is not None
+            there = self._called(look_up, payload, row.key)
+            if not isinstance(there, bool):
+                raise LookupError(f"the look-up cannot tell ({there!r})")
+        except BaseException as error:
+            unclear = error
+            log.warning("%s: %s is in doubt (%s)", self.title, row.key, shown(words(error)))
+            return lambda connection: effects.unknown(connection, row, unclear, rest)
+        if there:
+            return lambda connection: effects.done(connection, row)
+        return lambda connection: effects.absent(connection, row)
+
+    def _called(self, function: Callable[..., Any], payload: Any, key: str) -> Any:
+        result = function(payload, key)
+        if inspect.iscoroutine(result):
+            assert self._loop is not None
+            return self._loop.run(result)
+        return result
+
+    def _write(self, step: Callable[[Connection], bool]) -> None:
+        """What is known of a call is written down while this process lives, however long it takes."""
+        failures = 0
+        while True:
+            try:
+                written = self.database.run(step)
+            except Exception as error:
+                failures += 1
+                log.warning("%s: %s", self.title, shown(words(error)))
+                time.sleep(pause(failures))
+                continue
+            self.counts["settled" if written else "too late"] += 1
+            return
+
+    def join_calls(self, timeout: float) -> bool:
+        """Whether all calls ended within `timeout` seconds."""
+        end = time.monotonic() + timeout
+        for thread in self._running.values():
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._running.values())
