@@ -98,7 +98,8 @@ def consuming(source: Queue, *, prefetch: int = 100) -> Iterator[tuple[Subscript
 
 
 class Proxy:
-    """Forwards a local port to `target`; `cut` resets its connections, `frozen` stops the bytes."""
+    """Forwards a local port to `target`; `cut` resets its connections, `freeze` stops the bytes, and
+    `hold_replies` those of the server only."""
 
     def __init__(self, target: tuple[str, int]) -> None:
         self._target = target
@@ -106,8 +107,11 @@ class Proxy:
         #: How many connections there have been.
         self.accepted = 0
         self.port: int = self._listener.getsockname()[1]
-        self._flowing = threading.Event()
+        self._flowing, self._replying = threading.Event(), threading.Event()
         self._flowing.set()
+        self._replying.set()
+        #: Set when a reply is being held.
+        self.held = threading.Event()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._spawn(self._accept)
@@ -124,13 +128,16 @@ class Proxy:
                 server = socket.create_connection(self._target)
                 self._sockets += [client, server]
                 self.accepted += 1
-                self._spawn(self._pump, client, server)
-                self._spawn(self._pump, server, client)
+                self._spawn(self._pump, client, server, False)
+                self._spawn(self._pump, server, client, True)
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, replies: bool) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
                 self._flowing.wait()
+                if replies and not self._replying.is_set():
+                    self.held.set()
+                    self._replying.wait()
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
@@ -139,8 +146,12 @@ class Proxy:
     def freeze(self) -> None:
         self._flowing.clear()
 
+    def hold_replies(self) -> None:
+        self._replying.clear()
+
     def thaw(self) -> None:
         self._flowing.set()
+        self._replying.set()
 
     def cut(self) -> None:
         for end in self._sockets:
