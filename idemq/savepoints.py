@@ -62,11 +62,11 @@ def within(connection: Connection, table: Table, wait: float, read: Callable[[],
         with bounded(connection, wait, _LOCKED):
             found = read()
         savepoint.commit()
-    except InFlight as error:
+    except LockTimeout as error:
         # MySQL and MariaDB can be told to undo the whole transaction: then nobody may go on in it.
         if not undo(savepoint) and error.__cause__ is not None:
             raise error.__cause__ from None
-        raise LockTimeout(_LOCKED) from error
+        raise
     except BaseException:
         undo(savepoint)
         raise

@@ -23,7 +23,7 @@ from idemq import names
 from idemq import schema as tables
 from idemq.drivers import kind_of, refuse_autocommit
 from idemq.errors import SetupError
-from idemq.ledger import NOW, WAIT
+from idemq.ledger import NOW, WAIT, clock
 from idemq.waits import bounded, check_wait
 
 _Target = Session | scoped_session[Any] | Connection
@@ -45,9 +45,8 @@ def issue(target: _Target, scope: str, *, lifetime: float | None = None, schema:
     check_lifetime(lifetime)
     token = secrets.token_urlsafe(RANDOM)
     with names.naming_missing_tables():
-        row = {"digest": digest(token), "scope": raw_scope, "expires_at": None}
-        if lifetime is not None:
-            row["expires_at"] = _now(connection) + timedelta(seconds=lifetime)
+        expires = None if lifetime is None else clock(connection) + timedelta(seconds=lifetime)
+        row = {"digest": digest(token), "scope": raw_scope, "expires_at": expires}
         connection.execute(insert(table).values(row))
     return token
 
@@ -62,7 +61,7 @@ def redeem(
 
     It happens in the caller's transaction: a rollback gives the token back. Who comes while another
     transaction has redeemed the token and is still open waits for its end, `wait` seconds at most (see
-    `idemq.waits.bounded`), then `InFlight` is raised: roll back. Other errors are the database's: after a
+    `idemq.waits.bounded`), then `LockTimeout` is raised: roll back. Other errors are the database's: after a
     deadlock or a failed serialization (possible above READ COMMITTED) run the whole transaction again. On
     MySQL and MariaDB a refused redeem keeps a lock on the gap where the token was: end the transaction before
     you issue another one.
@@ -143,8 +142,3 @@ def _table(schema: str | None) -> Any:
 
 def _moment(connection: Connection) -> Any:
     return text(NOW[kind_of(connection.dialect)])
-
-
-def _now(connection: Connection) -> Any:
-    query = text(f"SELECT {NOW[kind_of(connection.dialect)]} AS now").columns(now=tables.Time())
-    return connection.scalar(query)

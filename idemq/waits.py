@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from idemq.drivers import is_lock_timeout, kind_of
-from idemq.errors import InFlight, SetupError
+from idemq.errors import LockTimeout, SetupError
 
 _POSTGRESQL = """
 WITH old AS MATERIALIZED (SELECT current_setting('lock_timeout') AS wait)
@@ -27,11 +27,11 @@ def check_wait(wait: object) -> None:
 
 @contextmanager
 def bounded(connection: Connection, wait: float, busy: str) -> Iterator[None]:
-    """In the block a lock is waited for `wait` seconds at most, then `InFlight(busy)` is raised.
+    """In the block a lock is waited for `wait` seconds at most, then `LockTimeout(busy)` is raised.
 
     MySQL and MariaDB wait for whole seconds, at least one; SQLite for the connection's busy timeout, because
-    it has one lock, which the first write of a transaction takes. After `InFlight` roll the transaction back,
-    or the savepoint that was begun before.
+    it has one lock, which the first write of a transaction takes. After `LockTimeout` roll back: the
+    transaction, or a savepoint that was begun before.
     """
     try:
         restore = _bound(connection, wait)
@@ -40,7 +40,7 @@ def bounded(connection: Connection, wait: float, busy: str) -> Iterator[None]:
         if is_lock_timeout(error):
             if kind_of(connection.dialect) in ("mysql", "mariadb"):
                 restore()  # the transaction goes on there, and its session in any case
-            raise InFlight(busy) from error
+            raise LockTimeout(busy) from error
         raise
     restore()
 

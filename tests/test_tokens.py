@@ -19,7 +19,8 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import scoped_session, sessionmaker
 
-from idemq import InFlight, SchemaError, SetupError, schema
+from idemq import SchemaError, SetupError, schema
+from idemq.errors import LockTimeout
 from idemq.redis_tokens import AsyncRedisTokens, RedisTokens
 from idemq.tokens import issue, purge, redeem
 from tests.core_tools import Shop, effects, on
@@ -257,7 +258,7 @@ def test_the_wait_for_another_redeemer_is_bounded_and_leaves_the_session_as_it_w
         if shop.kind == "sqlite":
             second.exec_driver_sql("PRAGMA busy_timeout = 50")
         before = lock_timeout(shop, second)
-        with pytest.raises(InFlight, match="redeemed by somebody else"):
+        with pytest.raises(LockTimeout, match="redeemed by somebody else"):
             redeem(second, "form", token, wait=0.05)
         second.rollback()
         assert lock_timeout(shop, second) == before
