@@ -2,6 +2,7 @@
 
 from idemq import letters
 from idemq.app import App
+from idemq.effects import AsyncEffects, Effects
 from idemq.errors import (
     BadMessage,
     BrokerUnavailable,
@@ -10,7 +11,9 @@ from idemq.errors import (
     IdemqError,
     InFlight,
     NoId,
+    NotSent,
     NotSettled,
+    Refused,
     Reject,
     RetryLater,
     SchemaError,
@@ -19,21 +22,28 @@ from idemq.errors import (
 from idemq.letters import Letter
 from idemq.message import Message
 from idemq.once import claim, once
+from idemq.outbox import AsyncOutbox, Outbox
 
 __version__ = "0.1.0"
 
 __all__ = [
     "App",
+    "AsyncEffects",
+    "AsyncOutbox",
     "BadMessage",
     "BrokeTransaction",
     "BrokerUnavailable",
     "Conflict",
+    "Effects",
     "IdemqError",
     "InFlight",
     "Letter",
     "Message",
     "NoId",
+    "NotSent",
     "NotSettled",
+    "Outbox",
+    "Refused",
     "Reject",
     "RetryLater",
     "SchemaError",
