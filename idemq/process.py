@@ -20,7 +20,15 @@ from sqlalchemy.orm import Session
 from idemq import failures, schema
 from idemq.declared import Consumer, too_late
 from idemq.drivers import begin, is_contention, is_outage, is_transient, undo_before_close
-from idemq.errors import BadMessage, BrokeTransaction, DeadlinePassed, InFlight, Reject, RetryLater
+from idemq.errors import (
+    BadMessage,
+    BrokeTransaction,
+    DeadlinePassed,
+    InFlight,
+    LockTimeout,
+    Reject,
+    RetryLater,
+)
 from idemq.failures import FAILED, LATER, SUSPECT, Job, Outcome, Row, TooLarge
 from idemq.guard import Guard
 from idemq.ledger import Claim, Ledger
@@ -160,7 +168,10 @@ class Unit:
         """
         self._guard.take_back()
         self._undo(session, broken=isinstance(error, BrokeTransaction))
-        if isinstance(error, DBAPIError) and is_contention(error) and job.contended < CONTENDED:
+        contention = isinstance(error, LockTimeout) or (
+            isinstance(error, DBAPIError) and is_contention(error)
+        )
+        if contention and job.contended < CONTENDED:
             job.contended += 1
             delay = random.uniform(0.0, min(SHORT, 0.05 * 2**job.contended))
             return Outcome(failures.CONTENTION, error, delay, words(error))

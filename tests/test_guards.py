@@ -32,12 +32,16 @@ from sqlalchemy.orm import Session
 from idemq import guards
 from idemq.errors import LockTimeout, SetupError
 from idemq.guards import Outcome
+from idemq.message import Message, Release
+from tests import core_tools
+from tests.core_tools import Shop
 from tests.guard_tools import (
     CREATED,
     PAID,
     SHIPPED,
     SYNC_CONNECTIONS,
     SYNC_SESSIONS,
+    Base,
     Lent,
     Order,
     Place,
@@ -409,6 +413,53 @@ def test_a_trigger_that_keeps_the_guard_from_its_row_is_not_taken_for_success(pl
         connection.execute(text(f"CREATE TRIGGER refuse {trigger}"))
         with pytest.raises(SetupError, match="trigger"):
             guards.decrement(connection, Stock, {"id": 1}, "num", by=1)
+
+
+@core_tools.on()
+@pytest.mark.pattern("unique-index")
+def test_a_handler_whose_work_is_already_done_is_done(shop: Shop) -> None:
+    def handler(message: Message, session: Session) -> None:
+        core_tools.write(message, session)
+        with guards.already_done(session, "guarded_orders_number") as attempt:
+            session.add(Order(number="7"))
+        if attempt.done_before:
+            guards.upsert(session, Order, SEVEN, {"remark": "again"})
+
+    Base.metadata.create_all(shop.engine)
+    with shop.engine.begin() as connection:
+        empty(connection)
+    attempts = shop.attempts(handler)
+    assert [attempts(core_tools.message(id, b"seen")) for id in ("1", "2", "2")] == [
+        core_tools.PROCESSED,
+        core_tools.PROCESSED,
+        core_tools.REPEATED,
+    ]
+    with shop.engine.connect() as connection:
+        assert connection.execute(select(orders.c.number, orders.c.note)).all() == [("7", "again")]
+    assert shop.effects() == ["seen", "seen"]
+
+
+@core_tools.on(*[pair for pair in core_tools.DRIVERS if pair[0] != "sqlite"])
+def test_a_lock_that_a_handler_does_not_get_is_no_failure_of_the_message(shop: Shop) -> None:
+    def handler(message: Message, session: Session) -> None:
+        core_tools.write(message, session)
+        try:
+            guards.locked(session, Order, SEVEN, wait=0.05)
+        finally:
+            holder.rollback()
+
+    Base.metadata.create_all(shop.engine)
+    with shop.engine.begin() as connection:
+        empty(connection)
+        connection.execute(insert(orders).values(number="7"))
+    attempts = shop.attempts(handler)
+    with shop.engine.connect() as holder:
+        holder.execute(select(orders).with_for_update()).all()
+        verdict = attempts(core_tools.message("1"))
+        assert isinstance(verdict, Release)
+        assert not verdict.failed
+        assert attempts(core_tools.message("1")) == core_tools.PROCESSED
+    assert (shop.effects(), shop.dead()) == (["effect"], [])
 
 
 def _memory() -> Connection:
