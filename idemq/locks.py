@@ -1,21 +1,18 @@
 """A distributed lock: one holder of a name at a time, each with a larger number than all before it.
 
     with hold(engine, f"report {day}", wait=10) as fence:
-        # Take the state over: from here on every older holder is refused.
-        taken = update(report).where(report.c.day == day, report.c.fence < fence).values(fence=fence)
-        with engine.begin() as connection:
-            if connection.execute(taken).rowcount == 0:
-                return  # a newer holder was here
+        # UPDATE report SET fence = :fence WHERE day = :day AND state = 'open' AND fence < :fence
+        if not take_over(day, fence):
+            return  # done already, or a newer holder was here
         total = work_of_many_minutes()
-        with engine.begin() as connection:
-            done = update(report).where(report.c.day == day, report.c.fence == fence)
-            if connection.execute(done.values(total=total, state="done")).rowcount == 0:
-                raise Overtaken
+        # UPDATE report SET total = :total, state = 'done' WHERE day = :day AND fence = :fence
+        if not store(day, fence, total):
+            raise Overtaken
 
 A lock alone is no idempotence. A holder that hangs, or whose connection dies, loses the lock without knowing
-and goes on; its number lets the *write* refuse it. Take the state over before it is read and write only
-`WHERE fence = :mine`, as above, or make one write `WHERE fence < :mine` that depends on nothing read. And
-check the state: that the work is done already is what the next holder must find.
+and goes on; its number lets the *write* refuse it. Take the state over before it is read, and write only
+`WHERE fence = :mine`, as above; or make one write `WHERE fence < :mine` that depends on nothing read. And
+check the state, as the first UPDATE does: the next holder must find that the work is done.
 
 Work that fits into one transaction needs no such lock: lock the row there. For Redis see `idemq.redis_locks`.
 """
@@ -67,10 +64,8 @@ def hold(engine: Engine, name: str, *, wait: float = WAIT, schema: str | None = 
     lane = blake2b(raw, digest_size=16, person=b"idemq lock").digest()
     with engine.connect().execution_options(isolation_level="READ COMMITTED") as connection:
         lock = _lock_of(connection, lane, schema)
+        lock.acquire(wait, f"the lock {name!r} is held by somebody else, and the wait of {wait} s ran out")
         try:
-            lock.acquire(
-                wait, f"the lock {name!r} is held by somebody else, and the wait of {wait} s ran out"
-            )
             fence = _next(engine, table, lane)
             # Whoever lost the lock before could have the number of, or a larger one than, the holder of now.
             if not lock.is_held():
@@ -126,7 +121,11 @@ class _Named(_Advisory):
     ask, give_back = "SELECT IS_USED_LOCK(:key) = CONNECTION_ID()", "SELECT RELEASE_LOCK(:key)"
 
     def acquire(self, wait: float, busy: str) -> None:
-        taken = self._connection.scalar(text(self.take), {"key": self._key, "wait": math.ceil(wait)})
+        try:
+            taken = self._connection.scalar(text(self.take), {"key": self._key, "wait": math.ceil(wait)})
+        except BaseException:
+            self._connection.invalidate()  # in the pool, it could keep the lock
+            raise
         if taken != 1:
             raise LockTimeout(busy)
 

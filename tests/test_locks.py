@@ -336,6 +336,25 @@ def test_the_isolation_level_of_the_engine_changes_nothing(shop: Shop, unique: s
     engine.dispose()
 
 
+@on(("postgres", "psycopg"), ("mariadb", "pymysql"))
+def test_a_pooled_connection_is_used_again_and_keeps_no_lock(shop: Shop, unique: str) -> None:
+    engine = shop.new_engine()
+    assert isinstance(engine, Engine)
+    made: list[object] = []
+    event.listen(engine, "connect", lambda connection, _: made.append(connection))
+    with locks.hold(shop.engine, unique):
+        for _ in range(3):
+            with suppress(LockTimeout), locks.hold(engine, unique, wait=0):
+                raise AssertionError("two holders")
+    for _ in range(3):
+        with suppress(Boom), locks.hold(engine, unique, wait=0):
+            raise Boom
+        with locks.hold(shop.engine, unique, wait=0):
+            pass
+    assert len(made) <= 2
+    engine.dispose()
+
+
 @on(("sqlite", "pysqlite"))
 def test_on_sqlite_begin_immediate_is_the_lock(shop: Shop) -> None:
     with pytest.raises(SetupError, match="BEGIN IMMEDIATE"), locks.hold(shop.engine, "x"):
