@@ -7,6 +7,7 @@ although the server confirms it as well.
 from __future__ import annotations
 
 import selectors
+import socket
 import ssl
 import time
 from collections import deque
@@ -145,6 +146,10 @@ class Confirms(Wire):
         self._tag = 0
         self._out = bytearray()
         self._used = time.monotonic()
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # py-amqp has the system end a connection on which nothing can be sent for a second: a server that
+            # slows its publishers down would be a doubt. The end of our patience is `deadline`.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0)
         self._channel.confirm_select()
 
     def publish(

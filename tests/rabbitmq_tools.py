@@ -213,10 +213,14 @@ class OwnServer:
 
     def stop_app(self) -> None:
         """An orderly end: the server closes its connections and its files."""
-        self._container.exec(["rabbitmqctl", "stop_app"])
+        self.ctl("stop_app")
 
     def start_app(self) -> None:
-        self._container.exec(["rabbitmqctl", "start_app"])
+        self.ctl("start_app")
+
+    def ctl(self, *command: str) -> None:
+        code, output = self._container.exec(["rabbitmqctl", *command])
+        assert code == 0, output
 
 
 def write_certificate(folder: Path) -> None:
