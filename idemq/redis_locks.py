@@ -21,9 +21,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import LockError, RedisError
-
 from idemq.errors import LockLost, LockTimeout, SetupError
+
+try:
+    from redis.exceptions import LockError, RedisError
+except ModuleNotFoundError:
+    raise SetupError('Redis needs redis-py: pip install "idemq[redis]"') from None
 
 if TYPE_CHECKING:
     from redis.asyncio.lock import Lock as AsyncLock

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
@@ -449,3 +451,17 @@ def test_a_redis_lock_is_extended_while_it_is_held(redis_url: str, unique: str) 
             assert client.pttl(unique) > 60_000
         assert not client.exists(unique)
         client.delete(f"{unique}:fence")
+
+
+def test_without_redis_py_the_extra_is_named_and_nothing_else_needs_it() -> None:
+    script = """
+import sys
+sys.modules["redis"] = None
+import idemq, idemq.tokens, idemq.locks, idemq.redis_tokens
+try:
+    import idemq.redis_locks
+except idemq.SetupError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout == 'Redis needs redis-py: pip install "idemq[redis]"\n'
