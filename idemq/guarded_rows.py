@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import sqlalchemy
 from sqlalchemy import (
+    ClauseElement,
     Column,
     ColumnElement,
     Connection,
+    Enum,
     Index,
+    Integer,
+    LargeBinary,
+    Numeric,
+    String,
     Table,
     UniqueConstraint,
     and_,
@@ -24,13 +31,23 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import Mapper, Session, scoped_session
+from sqlalchemy.types import TypeEngine
 
 from idemq.errors import SetupError
+from idemq.savepoints import begin
 
 #: Whose transaction a guard works in.
 Target = Connection | Session | scoped_session[Any]
 #: A condition of SQL.
 Condition = ColumnElement[bool]
+
+#: Types of columns, and what they may be compared with.
+_FITTING: tuple[tuple[type[TypeEngine[Any]], tuple[type, ...]], ...] = (
+    (String, (str,)),
+    (Integer, (int,)),
+    (Numeric, (Decimal, int, float)),
+    (LargeBinary, (bytes,)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +77,7 @@ class GuardedRow:
             )
         if absent := [name for name, value in key.items() if value is None]:
             raise SetupError(f"the key of a row may not be None: {', '.join(absent)}")
-        self.where: Condition = and_(*(column == value for column, value in self.key.items()))
+        self.where: Condition = and_(*(equals(column, value) for column, value in self.key.items()))
         self.session = session_of(target)
         if self.session is not None:
             self.session.flush()
@@ -100,6 +117,7 @@ class GuardedRow:
         without CLIENT.FOUND_ROWS does not count a row that had the values already. `returning`: show also
         what is there after the change.
         """
+        begin(self.connection)
         returned = shows if returning and self.connection.dialect.update_returning else ()
         change = self._update(condition, values, returned)
         if change.applied:
@@ -152,6 +170,24 @@ class GuardedRow:
                 each.key for each in state.mapper.column_attrs if each.key in state.dict or not each.deferred
             ]
             self.session.refresh(instance, shown, with_for_update={"key_share": True})
+
+
+def equals(column: Column[Any], value: Any) -> Condition:
+    """The column has this value, or is null when it is None."""
+    return column.is_(None) if value is None else column == comparable(column, value)
+
+
+def comparable(column: Column[Any], value: Any) -> Any:
+    """`value`. Raises `SetupError` for one of another type than the column's: some databases would convert.
+
+    On MySQL and MariaDB the number 0 equals every text that does not begin with a digit.
+    """
+    for kind, fitting in _FITTING:
+        if isinstance(column.type, kind) and not isinstance(column.type, Enum):
+            if not isinstance(value, (*fitting, ClauseElement)) and not hasattr(value, "__clause_element__"):
+                raise SetupError(f"{column.key!r} must be compared with {fitting[0].__name__}, not {value!r}")
+            break
+    return value
 
 
 def session_of(target: Target) -> Session | None:

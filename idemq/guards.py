@@ -17,8 +17,10 @@ A Session is flushed first, and its object of that row, if it holds one, is read
 code: `await session.run_sync(lambda sync: guards.decrement(sync, Stock, ...))`, with an AsyncSession or an
 AsyncConnection.
 
-All raise `SetupError` for a key that may name several rows, an unknown column, and other mistakes of the
-caller; database errors pass through.
+All raise `SetupError` for a key that may name several rows, an unknown column, a value of another type than
+the column's, and other mistakes of the caller; database errors pass through. SQLite has one writer at a time:
+a guard has the transaction begin with the file's write lock when it has not begun, and raises `LockTimeout`
+when another writer holds that for longer than the busy timeout.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from decimal import Decimal
 from enum import Enum
 from typing import Any, Literal, NoReturn, TypeVar, overload
 
-from sqlalchemy import Column, Connection, Integer, Row, Table, and_, case, or_, select
+from sqlalchemy import Connection, Integer, Row, Table, and_, case, or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 
 from idemq.errors import SetupError
-from idemq.guarded_rows import Condition, GuardedRow, Target, connection_of, session_of
+from idemq.guarded_rows import GuardedRow, Target, comparable, connection_of, equals, session_of
 from idemq.ledger import WAIT
 from idemq.savepoints import begin, undo, violated, within
 from idemq.upserts import insert_or_meet
@@ -127,7 +129,7 @@ def update_if_newer(
     if value is None:
         raise SetupError(f"version: the new value of {name!r} may not be None")
     changes = {**guarded.changed(values, column), column: value}
-    change = guarded.change(or_(column.is_(None), column < value), changes)
+    change = guarded.change(or_(column.is_(None), column < comparable(column, value)), changes)
     if not change.applied and change.seen is None:
         return Outcome.MISSING
     guarded.refresh()
@@ -147,7 +149,7 @@ def compare_and_set(
     changes = guarded.changed(values)
     if not expected or not changes:
         raise SetupError("compare_and_set needs at least one column in expected, and one in values")
-    condition = and_(*(_is(column, value) for column, value in guarded.values(expected).items()))
+    condition = and_(*(equals(column, value) for column, value in guarded.values(expected).items()))
     change = guarded.change(condition, changes)
     if not change.applied and change.seen is None:
         return Outcome.MISSING
@@ -174,8 +176,8 @@ def transition(
     if isinstance(allowed_from, str) or not allowed_from or to in allowed_from:
         raise SetupError("allowed_from must be a list of states, not empty and without the one in `to`")
     changes = {**guarded.changed(values or {}, state), state: to}
-    allowed = or_(*(_is(state, each) for each in allowed_from))
-    already = case((_is(state, to), 1), else_=0)
+    allowed = or_(*(equals(state, each) for each in allowed_from))
+    already = case((equals(state, to), 1), else_=0)
     change = guarded.change(allowed, changes, state, already)
     if not change.applied and change.seen is None:
         return Transition(Outcome.MISSING, None)
@@ -290,7 +292,3 @@ def already_done(target: Target, *constraints: str) -> Iterator[AlreadyDone]:
     except BaseException:
         undo(savepoint)
         raise
-
-
-def _is(column: Column[Any], value: Any) -> Condition:
-    return column.is_(None) if value is None else column == value

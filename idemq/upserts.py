@@ -15,6 +15,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 
 from idemq.errors import IdemqError, SetupError
 from idemq.guarded_rows import GuardedRow, unique_sets
+from idemq.savepoints import begin
 
 #: How often a row may be deleted between the INSERT that met it and the UPDATE.
 _TRIES = 10
@@ -25,6 +26,7 @@ _MET: ColumnElement[Any] = literal_column("@idemq_met")
 
 def insert_or_meet(row: GuardedRow, values: Mapping[Column[Any], Any]) -> bool:
     """Whether the row was inserted; else the one that is there has the values now."""
+    begin(row.connection)
     if row.connection.dialect.name in ("mysql", "mariadb"):
         return _in_one(row, values)
     dialect = postgresql if row.connection.dialect.name == "postgresql" else sqlite

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
+from time import monotonic
 from typing import Any, cast
 
 import pytest
@@ -15,6 +16,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    Numeric,
     String,
     Table,
     UniqueConstraint,
@@ -25,6 +27,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -250,8 +253,10 @@ def test_a_lock_is_waited_for_no_longer_than_said_and_the_transaction_goes_on(pl
         if place.kind != "sqlite":  # whose other writer holds everything
             target.execute(insert(stock).values(id=1))
         before = bound(target)
+        began = monotonic()
         with pytest.raises(LockTimeout):
             guards.locked(target, Order, SEVEN, wait=0.05)
+        assert monotonic() - began < 30  # the usual bounds are from 50 s up
         assert bound(target) == before
         holder.rollback()
         assert guards.locked(target, Order, SEVEN, wait=60) is not None
@@ -413,6 +418,66 @@ def test_a_trigger_that_keeps_the_guard_from_its_row_is_not_taken_for_success(pl
         connection.execute(text(f"CREATE TRIGGER refuse {trigger}"))
         with pytest.raises(SetupError, match="trigger"):
             guards.decrement(connection, Stock, {"id": 1}, "num", by=1)
+
+
+@on(*SYNC_CONNECTIONS)
+def test_a_value_of_another_type_names_no_other_rows(place: Place) -> None:
+    """For MySQL the number 0 equals every text that begins with no digit, and the text "7x" the number 7."""
+    place.put(orders, number="a", state=CREATED)
+    place.put(orders, number="b", state=CREATED)
+    place.put(stock, id=7, num=7, note="note")
+    calls: list[Callable[[Lent], object]] = [
+        lambda t: guards.upsert(t, Order, {"number": 0}, {"remark": "all"}),
+        lambda t: guards.decrement(t, Stock, {"id": "7x"}, "num", by=1),
+        lambda t: guards.compare_and_set(t, Stock, {"id": 7}, expected={"note": 0}, values={"num": 1}),
+        lambda t: guards.transition(t, Stock, {"id": 7}, "note", to="b", allowed_from=[0]),
+        lambda t: guards.transition(t, Stock, {"id": 7}, "note", to=0, allowed_from=["a"]),
+        lambda t: guards.update_if_newer(t, Stock, {"id": 7}, version=("num", "8x"), values={}),
+        lambda t: guards.locked(t, Stock, {"id": b"7"}),
+    ]
+    for call in calls:
+        with pytest.raises(SetupError, match="must be"):
+            place(call)
+    assert place.rows(orders.c.note) == [None, None]
+    assert place.rows(stock.c.num, stock.c.note) == [(7, "note")]
+
+
+@on(*SYNC_CONNECTIONS)
+def test_a_guard_refuses_a_connection_that_commits_by_itself(place: Place) -> None:
+    place.put(stock, id=1, num=1)
+    with place.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with pytest.raises(SetupError, match="AUTOCOMMIT"):
+            guards.decrement(connection, Stock, {"id": 1}, "num", by=1)
+        with pytest.raises(SetupError, match="AUTOCOMMIT"):
+            guards.locked(connection, Stock, {"id": 1})
+
+
+@on(*SYNC_CONNECTIONS)
+@pytest.mark.pattern("conditional-decrement")
+def test_amounts_of_money_and_unsigned_numbers_fall_exactly(place: Place) -> None:
+    amounts = Table(
+        "guarded_amounts",
+        MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("money", Numeric(12, 2).with_variant(Integer(), "sqlite")),
+        Column("pieces", Integer().with_variant(mysql.INTEGER(unsigned=True), "mysql", "mariadb")),
+    )
+    by: Any = 7 if place.kind == "sqlite" else Decimal("7.05")
+
+    def pay(target: Lent) -> Outcome:
+        return guards.decrement(target, amounts, {"id": 1}, "money", by=by).outcome
+
+    def take(target: Lent) -> Outcome:
+        return guards.decrement(target, amounts, {"id": 1}, "pieces", by=2).outcome
+
+    amounts.create(place.engine)
+    try:
+        place.put(amounts, id=1, money=2 * by, pieces=3)
+        assert [place(pay) for _ in range(3)] == [Outcome.APPLIED, Outcome.APPLIED, Outcome.NOT_ENOUGH]
+        assert [place(take) for _ in range(2)] == [Outcome.APPLIED, Outcome.NOT_ENOUGH]
+        assert place.rows(amounts.c.money, amounts.c.pieces) == [(0, 1)]
+    finally:
+        amounts.drop(place.engine)
 
 
 @core_tools.on()
