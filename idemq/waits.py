@@ -33,13 +33,13 @@ def bounded(connection: Connection, wait: float, busy: str) -> Iterator[None]:
     it has one lock, which the first write of a transaction takes. After `LockTimeout` roll back: the
     transaction, or a savepoint that was begun before.
     """
+    restore = _bound(connection, wait)
     try:
-        restore = _bound(connection, wait)
         yield
     except DBAPIError as error:
+        if kind_of(connection.dialect) in ("mysql", "mariadb") and not connection.invalidated:
+            restore()  # it is the session's setting there, and outlives the transaction
         if is_lock_timeout(error):
-            if kind_of(connection.dialect) in ("mysql", "mariadb"):
-                restore()  # the transaction goes on there, and its session in any case
             raise LockTimeout(busy) from error
         raise
     restore()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from time import monotonic
-from typing import Any, cast
+from typing import Any, assert_type, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Numeric,
+    Row,
     String,
     Table,
     UniqueConstraint,
@@ -596,6 +597,15 @@ def test_a_mistake_of_the_caller_is_named(name: str) -> None:
         call(connection)
     connection.close()
     connection.engine.dispose()
+
+
+def test_a_locked_row_has_the_type_of_what_was_asked_for() -> None:
+    def asked(session: Session, connection: Connection) -> None:
+        assert_type(guards.locked(session, Order, SEVEN), Order | None)
+        assert_type(guards.locked(session, orders, SEVEN), Row[Any] | None)
+        assert_type(guards.locked(connection, Order, SEVEN), Row[Any] | None)
+
+    assert callable(asked)  # the type checker has been asked
 
 
 def test_an_answer_is_no_truth_value() -> None:

@@ -196,3 +196,41 @@ def test_what_is_read_under_the_lock_is_still_true_when_it_is_written(place: Pla
 
     assert sorted(each for each in race(place, add) if each is not None) == list(range(WORKERS))
     assert place.rows(stock.c.num) == [WORKERS]
+
+
+@on(*[each for each in SYNC_CONNECTIONS if each[0] != "sqlite"])
+@pytest.mark.parametrize("how", ["already_done", "locked"])
+def test_a_deadlock_stays_a_deadlock_whatever_became_of_the_savepoint(place: Place, how: str) -> None:
+    """MySQL and MariaDB undo the whole transaction: the error must not be of a savepoint that is gone."""
+    place.put(stock, id=0, num=0)
+    place.put(stock, id=1, num=0)
+    both_hold = Barrier(2)
+    bounds: set[object] = set()
+
+    def cross(connection: Connection, worker: int) -> None:
+        connection.execute(update(stock).where(stock.c.id == worker).values(num=worker))
+        both_hold.wait()
+        if how == "locked":
+            guards.locked(connection, stock, {"id": 1 - worker}, wait=60)
+        else:
+            with guards.already_done(connection, "guarded_orders_number"):
+                connection.execute(update(stock).where(stock.c.id == 1 - worker).values(num=9))
+
+    def run(worker: int) -> bool:
+        """False: the one whom the deadlock was told."""
+        with place.engine.connect() as connection:
+            try:
+                cross(connection, worker)
+                connection.commit()
+            except DBAPIError as error:
+                connection.rollback()
+                return not is_contention(error)
+            finally:
+                if place.kind != "postgresql":
+                    query = "SELECT @@innodb_lock_wait_timeout - @@global.innodb_lock_wait_timeout"
+                    bounds.add(connection.exec_driver_sql(query).scalar())
+            return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(run, range(2))) == [False, True]
+    assert bounds <= {0}
