@@ -147,6 +147,7 @@ class App:
         ordered: bool = False,
         key: str | Callable[[Message], object] | None = None,
         hold_dead: bool = False,
+        answer: bool = False,
         **unknown: Never,
     ) -> Callable[[Function], Function]:
         """Declare the decorated function as the handler of `source`; it is given back unchanged.
@@ -174,6 +175,9 @@ class App:
         or what `key` says: a header name or a function of the message; those without one are in order with
         each other. `hold_dead`: a dead letter holds what follows it of its key, until it is retried or
         dropped.
+
+        `answer`: what the handler returns is sent, as JSON, to where the message asks for it (AMQP's
+        `reply_to`, or a header `reply-to`), with its correlation id; a repeat is sent the first answer again.
         """
         given = {option: each for option, each in locals().items() if option not in _NO_OPTIONS}
         check(name, unknown, given)
@@ -250,8 +254,11 @@ class App:
             schema=self.schema,
             sessions=self.sessions,
             parks=True,
+            answers=source.broker if given["answer"] else None,
             **options,
         )
+        if consumer.answers is not None:
+            self.brokers.setdefault(source.broker.name, source.broker)
         ahead = given["prefetch"] or min(1000, source.prefetch_per_lane * concurrency)
         names = (before,) if isinstance(before, str) else tuple(before)
         self.consumers[name] = Declared(consumer, source, concurrency, ahead, names)

@@ -16,12 +16,13 @@ from sqlalchemy.orm import Session
 
 from idemq.bridge import uninterrupted
 from idemq.declared import Consumer
+from idemq.drivers import throw_away
 from idemq.errors import DeadlinePassed, Reject
 from idemq.failures import Job, Outcome
 from idemq.message import Release, Verdict
 from idemq.parking import Found
 from idemq.payload import decode
-from idemq.process import Unit, released, throw_away
+from idemq.process import Unit, released
 
 #: A connection that two processes share would mix their answers; the child must make its own engine and unit.
 FORKED = (
@@ -60,14 +61,16 @@ class SyncUnit:
     def look(self, owner: bytes, count: int, **how: Any) -> Found | Release:
         """Pick parked messages that are due: `process.Unit.look`. Never raises an Exception."""
         try:
-            return self._opened().look(owner, count, **how)
+            unit = self._opened()
+            return unit.waiting().look(unit.connection, owner, count, **how)
         except Exception as error:
             self._discard()
             return released(error)
 
     def lease(self, owner: bytes, *, alone: bool | None = None) -> None:
         """`Parking.lease`. Raises database errors."""
-        self._opened().lease(owner, alone=alone)
+        unit = self._opened()
+        unit.waiting().lease(unit.connection, owner, alone=alone)
 
     def _opened(self) -> Unit:
         """A unit that can be used."""
@@ -100,7 +103,7 @@ class SyncUnit:
             _refuse_unfinished(result)
         except BaseException as error:  # SystemExit in a handler must not end the worker's thread
             return unit.fail(job, session, error)
-        return unit.finish(job, session)
+        return unit.finish(job, session, result)
 
     def _discard(self) -> None:
         if self._unit is not None:
@@ -177,7 +180,7 @@ class AsyncUnit:
         """Pick parked messages that are due: `process.Unit.look`. Never raises an Exception."""
         try:
             connection, unit = await self._connected()
-            return await connection.run_sync(lambda _: unit.look(owner, count, **how))
+            return await connection.run_sync(lambda sync: unit.waiting().look(sync, owner, count, **how))
         except Exception as error:
             await self._discard()
             return released(error)
@@ -185,7 +188,7 @@ class AsyncUnit:
     async def lease(self, owner: bytes, *, alone: bool | None = None) -> None:
         """`Parking.lease`. Raises database errors."""
         connection, unit = await self._connected()
-        await connection.run_sync(lambda _: unit.lease(owner, alone=alone))
+        await connection.run_sync(lambda sync: unit.waiting().lease(sync, owner, alone=alone))
 
     async def _connected(self) -> tuple[AsyncConnection, Unit]:
         """A unit that can be used, and its connection."""
@@ -220,7 +223,7 @@ class AsyncUnit:
             failure, sync = error, session.sync_session if session else None
             return await uninterrupted(connection.run_sync(lambda _: unit.fail(job, sync, failure)))
         sync = session.sync_session if session else None
-        end = connection.run_sync(lambda _: unit.finish(job, sync))
+        end = connection.run_sync(lambda _: unit.finish(job, sync, result))
         return await (end if self._apart else uninterrupted(end))
 
     async def _discard(self) -> None:

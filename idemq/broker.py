@@ -87,6 +87,11 @@ class Source(Protocol):
         """How many deliveries to hold for each message worked on, where the user does not say."""
         ...
 
+    @property
+    def broker(self) -> Broker:
+        """Where the messages come from, and answers to them go."""
+        ...
+
     def check(self) -> list[str]:
         """Raise `SetupError` when the queue or topic is missing or access is refused, and
         `BrokerUnavailable` when the broker does not answer. Creates what was declared with `declare=True`.
@@ -148,5 +153,9 @@ class Broker(Protocol):
 
     @property
     def description(self) -> str: ...
+
+    def to(self, queue: str, /) -> Destination:
+        """A queue or topic of it. Raises `SetupError` for a name that there cannot be."""
+        ...
 
     def publisher(self) -> Publisher: ...

@@ -10,6 +10,7 @@ from typing import Literal
 from sqlalchemy import Connection
 
 from idemq import failures
+from idemq.broker import Broker
 from idemq.errors import BadMessage, SetupError
 from idemq.failures import MAX_KEPT, Job, Outcome
 from idemq.handlers import Handler
@@ -55,6 +56,8 @@ class Consumer:
     key: Callable[[Message], str | bytes | None] = lambda message: message.key
     #: A dead letter holds what comes after it of its key.
     hold_dead: bool = False
+    #: Where the messages come from, for a consumer that answers them.
+    answers: Broker | None = None
     schema: str | None = None
     sessions: Sessions
 

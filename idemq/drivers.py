@@ -102,6 +102,20 @@ def begin(connection: Connection) -> RootTransaction:
     return transaction
 
 
+def throw_away(connection: Connection) -> None:
+    """Close it for good instead of giving it back to its pool. Never raises."""
+    for step in (connection.invalidate, connection.close):
+        try:
+            step()
+        except Exception:
+            pass  # it was gone already
+
+
+def allow_commit(connection: Connection) -> None:
+    """Tell the strict trigger that idemq asks for the COMMIT that follows."""
+    connection.exec_driver_sql("SELECT set_config('idemq.done', pg_current_xact_id()::text, true)")
+
+
 def is_lock_timeout(error: DBAPIError) -> bool:
     """Somebody else held a lock for longer than the bound."""
     code = error_code(error)

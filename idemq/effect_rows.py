@@ -48,7 +48,7 @@ class EffectRows(Outgoing):
     """The rows of one declared effect."""
 
     def __init__(self, name: str, owner: bytes, schema_name: str | None, repeats: Repeats) -> None:
-        super().__init__(EFFECT, name, owner, schema_name)
+        super().__init__((EFFECT,), name, owner, schema_name)
         self._repeats = repeats
 
     def pick(self, connection: Connection, count: int) -> list[tuple[Row, Step]]:

@@ -164,7 +164,7 @@ class Kafka:
 class Topic:
     """A topic and the group that reads it: a `Source`."""
 
-    kafka: Kafka
+    broker: Kafka
     name: str
     group: str
     declare: bool = field(kw_only=True)
@@ -176,7 +176,7 @@ class Topic:
 
     @property
     def description(self) -> str:
-        return f"topic {self.name!r} on {self.kafka.description}, group {self.group!r}"
+        return f"topic {self.name!r} on {self.broker.description}, group {self.group!r}"
 
     @property
     def prefetch_per_lane(self) -> int:
@@ -190,7 +190,7 @@ class Topic:
         from aiokafka.admin import AIOKafkaAdminClient
         from aiokafka.errors import KafkaError
 
-        options = self.kafka.options()
+        options = self.broker.options()
         await reach(options)
         admin = AIOKafkaAdminClient(**options)
         try:
@@ -223,10 +223,10 @@ class Topic:
         from idemq.kafka_consumer import KafkaSubscription
 
         reading = Reading(
-            broker=self.kafka.name,
+            broker=self.broker.name,
             topic=self.name,
             group=self.group,
-            options=self.kafka.options(),
+            options=self.broker.options(),
             description=self.description,
             session_timeout=self.session_timeout,
             rebalance_timeout=self.rebalance_timeout,

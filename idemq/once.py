@@ -27,9 +27,9 @@ from sqlalchemy.orm import Session, scoped_session
 from idemq import names
 from idemq.block import Block, Body, Id, Request, claim_in, has_trigger, registered, request_of
 from idemq.bridge import uninterrupted
+from idemq.drivers import allow_commit
 from idemq.errors import BrokeTransaction, SetupError
 from idemq.ledger import WAIT
-from idemq.process import allow_commit
 from idemq.scopes import ConnectionScope, Scope, SessionScope, refuse_shared
 from idemq.work import AsyncEngineWork, AsyncWithBlock, EngineWork, WithBlock, Work
 

@@ -47,7 +47,7 @@ def check(name: str, unknown: Collection[str], given: dict[str, Any]) -> None:
     for option in ("id", "fingerprint", "key"):
         if inspect.iscoroutinefunction(given.get(option)):
             raise SetupError(f"consumer {name!r}: {option}= takes plain functions, not async ones")
-    for option in ("strict", "ordered", "hold_dead"):
+    for option in ("strict", "ordered", "hold_dead", "answer"):
         if not isinstance(given.get(option), bool | None):
             raise SetupError(f"consumer {name!r}: {option}={given[option]!r} must be True or False")
     for option in ("key", "hold_dead"):

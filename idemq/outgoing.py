@@ -25,7 +25,8 @@ from idemq.message import Message
 from idemq.packing import message_of, packed, properties_of, unpacked
 
 #: `idemq_outgoing.kind`.
-MESSAGE, EFFECT = 1, 2
+#: A reply that the broker does not take is given up: who asked has gone.
+MESSAGE, EFFECT, REPLY = 1, 2, 3
 
 #: `idemq_outgoing.state`. A message is never in doubt: who receives it removes duplicates.
 WAITING, SENDING, IN_DOUBT, FAILED = 1, 2, 3, 4
@@ -43,6 +44,7 @@ class Row:
 
     pk: bytes
     seq: int
+    kind: int
     address: tuple[str, ...]
     lane: bytes | None
     message: Message
@@ -108,10 +110,10 @@ def plan(
 class Outgoing:
     """The rows of one broker or effect, for a process that sends them. Begins and commits transactions."""
 
-    def __init__(self, kind: int, target: str, owner: bytes, schema_name: str | None) -> None:
+    def __init__(self, kinds: Sequence[int], target: str, owner: bytes, schema_name: str | None) -> None:
         self.table = schema.table("idemq_outgoing", schema_name)
         self._owner = owner
-        self._ours = (self.table.c.kind == kind) & (self.table.c.target == target.encode())
+        self._ours = self.table.c.kind.in_(kinds) & (self.table.c.target == target.encode())
 
     def due(self, now: datetime, *states: int) -> ColumnElement[bool]:
         table = self.table
@@ -166,7 +168,7 @@ class Messages(Outgoing):
     """The messages to one broker."""
 
     def __init__(self, broker: str, owner: bytes, schema_name: str | None) -> None:
-        super().__init__(MESSAGE, broker, owner, schema_name)
+        super().__init__((MESSAGE, REPLY), broker, owner, schema_name)
 
     def pick(self, connection: Connection, count: int) -> list[Row]:
         """Up to `count` messages that are due: of each lane those that nothing comes before."""
@@ -227,6 +229,7 @@ def row_of(row: Any) -> Row:
     return Row(
         pk=row["pk"],
         seq=row["seq"],
+        kind=row["kind"],
         address=tuple(unpacked(row["destination"]).get("address", ())),
         lane=row["lane"],
         message=message_of({**row, "sent_at": row["at"], "origin": None}),

@@ -18,8 +18,19 @@ from idemq.message import Message
 #: The longest error text that is kept, in characters; the middle is cut.
 MAX_ERROR = 20_000
 
+#: The largest result, in bytes of JSON.
+MAX_RESULT_BYTES = 64 * 1024
+
 #: How deep header tables may be nested before the rest is left out.
 MAX_DEPTH = 100
+
+
+def result_bytes(value: object) -> bytes:
+    """A result as it is kept. Raises `TypeError` for what is no JSON, `ValueError` for what is too large."""
+    result = msgspec.json.encode(value)
+    if len(result) > MAX_RESULT_BYTES:
+        raise ValueError(f"the result is {len(result)} bytes of JSON; at most {MAX_RESULT_BYTES} are kept")
+    return result
 
 
 def packed(values: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from time import monotonic
-from typing import Any
 
 from sqlalchemy import Connection, delete
 from sqlalchemy.engine import RootTransaction
@@ -19,7 +18,15 @@ from sqlalchemy.orm import Session
 
 from idemq import failures, schema
 from idemq.declared import Consumer, too_late
-from idemq.drivers import begin, is_contention, is_outage, is_transient, undo_before_close
+from idemq.drivers import (
+    allow_commit,
+    begin,
+    is_contention,
+    is_outage,
+    is_transient,
+    throw_away,
+    undo_before_close,
+)
 from idemq.errors import (
     BadMessage,
     BrokeTransaction,
@@ -34,7 +41,8 @@ from idemq.guard import Guard
 from idemq.ledger import Claim, Ledger
 from idemq.message import Ack, Release, Verdict
 from idemq.packing import words
-from idemq.parking import MOST_BEHIND, Found, Parking
+from idemq.parking import MOST_BEHIND, Parking
+from idemq.replies import Replies
 
 #: A failed message stays in the worker when it is tried again within so many seconds; else it is parked.
 SHORT = 1.0
@@ -69,6 +77,9 @@ class Unit:
             ordered=consumer.ordered,
             hold_dead=consumer.hold_dead,
         )
+        self._replies: Replies | None = None
+        if consumer.answers is not None:
+            self._replies = Replies(consumer.answers, number, consumer.schema)
         self._transaction: RootTransaction | None = None
         self._token: str | bytes = b""
         #: Something went wrong that may have left the connection in a state of its own.
@@ -107,7 +118,16 @@ class Unit:
             job.outcome = Outcome(failures.CONFLICT)
         elif claim.state == "duplicate" and (job.row is not None or claim.token in job.tokens):
             job.outcome = Outcome(failures.BROKE)  # unless the claim is another's, which ends the row as well
-        return self.put(job) if job.outcome is not None else Ack(duplicate=True)
+        return self.put(job) if job.outcome is not None else self._repeat(job)
+
+    def _repeat(self, job: Job) -> Verdict:
+        if self._replies is None or job.key is None:
+            return Ack(duplicate=True)
+        self._transaction = begin(self.connection)
+        self._replies.again(self.connection, job.key, job.message)
+        if self._trigger:
+            allow_commit(self.connection)
+        return self._commit(Ack(duplicate=True))
 
     def _claim(self, job: Job, key: bytes) -> Claim:
         """The claim of a delivery; or that of a parked message, whose row goes in the same transaction."""
@@ -130,11 +150,13 @@ class Unit:
     def _late(self, job: Job) -> str | None:
         return too_late(self._consumer, job.message, self._ledger, self.connection, self._number)
 
-    def finish(self, job: Job, session: Session | None) -> Verdict | Outcome:
-        """The handler has returned: flush, guard, commit."""
+    def finish(self, job: Job, session: Session | None, result: object) -> Verdict | Outcome:
+        """The handler has returned: flush, answer, guard, commit."""
         try:
             if session is not None:
                 session.flush()
+            if self._replies is not None and job.key is not None:
+                self._replies.first(self.connection, job.key, job.message, result)
             if job.deadline is not None and monotonic() > job.deadline:
                 raise DeadlinePassed(f"the handler ran longer than its {self._consumer.deadline} s")
             self._guard.verify()
@@ -249,15 +271,10 @@ class Unit:
         delay = outcome.delay if self._consumer.policy is not None else None
         return Release(outcome.cause, failed=outcome.reason == FAILED, delay=delay)
 
-    def look(self, owner: bytes, count: int, **how: Any) -> Found:
-        """`Parking.look`. Raises database errors."""
+    def waiting(self) -> Parking:
+        """The messages of this consumer that wait in the database, to be looked at between two attempts."""
         self._guard.hold()
-        return self.parking.look(self.connection, owner, count, **how)
-
-    def lease(self, owner: bytes, *, alone: bool | None) -> None:
-        """`Parking.lease`. Raises database errors."""
-        self._guard.hold()
-        self.parking.lease(self.connection, owner, alone=alone)
+        return self.parking
 
     def discard(self) -> None:
         """Throw the connection away; the server rolls back what it had open. Never raises."""
@@ -271,20 +288,6 @@ class Unit:
         """Give the connection back to its pool."""
         self._guard.end()
         self.connection.close()
-
-
-def throw_away(connection: Connection) -> None:
-    """Close it for good instead of giving it back to its pool. Never raises."""
-    for step in (connection.invalidate, connection.close):
-        try:
-            step()
-        except Exception:
-            pass  # it was gone already
-
-
-def allow_commit(connection: Connection) -> None:
-    """Tell the strict trigger that idemq asks for the COMMIT that follows."""
-    connection.exec_driver_sql("SELECT set_config('idemq.done', pg_current_xact_id()::text, true)")
 
 
 def released(error: BaseException) -> Release:

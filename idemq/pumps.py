@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from idemq.bridge import EventLoop
 from idemq.broker import Broker, Publisher
 from idemq.drivers import is_contention
-from idemq.outgoing import LEASE, Messages, Row
+from idemq.outgoing import LEASE, REPLY, Messages, Row
 from idemq.packing import shown, words
 from idemq.retry import pause
 
@@ -147,12 +147,17 @@ class MessagePump(Pump):
         except BaseException:
             self._publisher.close()
             raise
-        sent = [row for row, why in zip(batch, answers, strict=True) if why is None]
-        refused = [
-            (row, why, pause(row.attempts))
-            for row, why in zip(batch, answers, strict=True)
-            if why is not None
-        ]
+        sent, refused = [], []
+        for row, why in zip(batch, answers, strict=True):
+            if why is None:
+                sent.append(row)
+            elif row.kind == REPLY:
+                log.warning(
+                    "%s: who waited at %r has gone: %s", self.title, " ".join(row.address), shown(why)
+                )
+                sent.append(row)
+            else:
+                refused.append((row, why, pause(row.attempts)))
         if sent:
             self.database.run(lambda connection: self._messages.sent(connection, sent))
         if refused:

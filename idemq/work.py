@@ -13,11 +13,10 @@ from sqlalchemy.orm import Session
 
 from idemq.block import Block
 from idemq.errors import SetupError
+from idemq.packing import MAX_RESULT_BYTES as MAX_RESULT_BYTES
+from idemq.packing import result_bytes
 from idemq.scopes import ConnectionScope
 from idemq.sessions import Sessions
-
-#: The largest `work.result`, in bytes of JSON.
-MAX_RESULT_BYTES = 64 * 1024
 
 Entered = TypeVar("Entered")
 
@@ -82,12 +81,7 @@ class Work:
     @result.setter
     def result(self, value: Any) -> None:
         self._require_open("work.result can be set")
-        result = msgspec.json.encode(value)
-        if len(result) > MAX_RESULT_BYTES:
-            raise ValueError(
-                f"work.result is {len(result)} bytes of JSON; at most {MAX_RESULT_BYTES} are kept"
-            )
-        self._stored = result
+        self._stored = result_bytes(value)
 
     def _require_open(self, what: str) -> None:
         if not self._open:

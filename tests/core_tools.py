@@ -88,6 +88,7 @@ class NoSource:
 
     description = "nowhere"
     prefetch_per_lane = 20
+    broker: Any = None
 
     def check(self) -> list[str]:
         raise AssertionError("no worker runs this consumer")

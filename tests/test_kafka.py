@@ -747,7 +747,7 @@ def test_the_password_is_shown_nowhere(
         with reading(wrong, inbox) as subscription:
             eventually(lambda: subscription.failure, what="the failure")
             assert isinstance(subscription.failure, SetupError)
-    texts += [f"{topic!r} {topic.kafka!r} {topic.kafka} {topic.description}" for topic in (right, wrong)]
+    texts += [f"{topic!r} {topic.broker!r} {topic.broker} {topic.description}" for topic in (right, wrong)]
     texts += [str(refusal.value), str(subscription.failure), caplog.text]
     assert not [text for text in texts if tools.PASSWORD in text]
 
