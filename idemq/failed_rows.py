@@ -109,12 +109,10 @@ def letter(connection: Connection, pk: UUID, *, schema: str | None = None) -> Le
 
 def find(connection: Connection, prefix: str, *, schema: str | None = None) -> list[Letter]:
     """The letters, waiting or dead, whose pk begins with `prefix` (hexadecimal digits); at most ten."""
-    digits = prefix.replace("-", "").lower()
-    if not digits or len(digits) > 32 or not set(digits) <= set("0123456789abcdef"):
+    if (span := tables.span(prefix)) is None:
         raise SetupError(f"{prefix!r} is no id of a letter: `idemq dead list` shows them")
-    low, high = (bytes.fromhex(digits.ljust(32, fill)) for fill in "0f")
     table = tables.table("idemq_failed", schema)
-    query = select(*_columns(table)).where(table.c.pk.between(low, high)).order_by(table.c.seq).limit(10)
+    query = select(*_columns(table)).where(table.c.pk.between(*span)).order_by(table.c.seq).limit(10)
     named = _names(connection, schema)
     return [_letter(row, named) for row in connection.execute(query)]
 

@@ -8,13 +8,14 @@ the transaction.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import Any, NamedTuple, Unpack
-from uuid import UUID
+from typing import Any, Unpack
 
-from sqlalchemy import Connection, Table, case, delete, insert, select, text, update
+from sqlalchemy import Connection, Table, case, delete, select, text, update
 
+from idemq import audit
 from idemq import schema as tables
+from idemq.audit import Entry as Entry
+from idemq.audit import history as history
 from idemq.drivers import kind_of
 from idemq.errors import Crashed, SetupError
 from idemq.failed_rows import Letter as Letter
@@ -30,25 +31,6 @@ from idemq.ledger import NOW
 from idemq.scopes import begin
 from idemq.status import Status as Status
 from idemq.status import status as status
-
-
-class Entry(NamedTuple):
-    """One line of the audit."""
-
-    at: datetime
-    who: str
-    action: str
-    #: Why the letter was dead.
-    reason: str
-    why: str | None
-
-
-def history(connection: Connection, pk: UUID, *, schema: str | None = None) -> list[Entry]:
-    """What people did to a letter, the oldest first; also when it is gone."""
-    table = tables.table("idemq_audit", schema)
-    query = select(table.c.at, table.c.who, table.c.action, table.c.reason, table.c.why)
-    rows = connection.execute(query.where(table.c.pk == pk.bytes).order_by(table.c.seq))
-    return [Entry(*row) for row in rows]
 
 
 def refusal(reason: str, *, force: bool = False) -> str | None:
@@ -81,7 +63,7 @@ def retry(
         alone = case((table.c.reason == Crashed.reason, 1), else_=0)  # what ended processes runs alone again
         return update(table).values(state=WAITING, reason=FAILED, starts=alone, **fresh, **times)
 
-    return _act(connection, schema, which, wait, refused, action="retry", who=by, why=why)
+    return _act(connection, schema, which, wait, refused, audit.signed("retry", by, why))
 
 
 def drop(
@@ -91,9 +73,10 @@ def drop(
 
     Their claims stay, so that a late copy is absorbed as before; one that had no claim comes back with one.
     """
-    if not _storable(why):
+    signature = audit.signed("drop", by, why)
+    if signature["why"] is None:
         raise SetupError("a drop is for good: say why")
-    return _act(connection, schema, which, lambda table, _: delete(table), (), action="drop", who=by, why=why)
+    return _act(connection, schema, which, lambda table, _: delete(table), (), signature)
 
 
 def _act(
@@ -102,15 +85,11 @@ def _act(
     which: Which,
     change: Callable[[Table, Any], Any],
     refused: Sequence[str],
-    **entry: str | None,
+    signature: dict[str, Any],
 ) -> int:
-    entry = {name: _storable(value) for name, value in entry.items()}
-    if not entry["who"]:
-        raise SetupError("say who does it: by=")
     begin(connection)
-    table, audit = tables.table("idemq_failed", schema), tables.table("idemq_audit", schema)
-    moment = text(NOW[kind_of(connection.dialect)])
-    statement = change(table, moment)
+    table = tables.table("idemq_failed", schema)
+    statement = change(table, text(NOW[kind_of(connection.dialect)]))
     wanted = (table.c.state == DEAD) & table.c.reason.not_in(refused)
     found = [row.pk for row in chosen(connection, schema, DEAD, which, [table.c.pk], wanted)]
     columns = [table.c[name] for name in ("pk", "consumer", "identity", "reason")]
@@ -120,12 +99,7 @@ def _act(
         lock = select(*columns).where(table.c.pk.in_(pks), wanted).order_by(table.c.pk).with_for_update()
         rows = connection.execute(lock).mappings().all()
         if rows:
-            connection.execute(insert(audit).values(at=moment, **entry), [dict(row) for row in rows])
+            audit.record(connection, signature, [dict(row) for row in rows], schema)
             connection.execute(statement.where(table.c.pk.in_([row["pk"] for row in rows]), wanted))
             done += len(rows)
     return done
-
-
-def _storable(value: str | None) -> str | None:
-    """As every database takes it: no NUL, no lone surrogate."""
-    return None if value is None else value.encode("utf-8", "replace").decode().replace("\0", " ").strip()

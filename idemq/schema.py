@@ -57,6 +57,14 @@ class Key(TypeDecorator[bytes]):
         return value.bytes if isinstance(value, UUID) else value
 
 
+def span(prefix: str) -> tuple[bytes, bytes] | None:
+    """The first and the last key that begin with these hexadecimal digits; None where that is no key."""
+    digits = prefix.replace("-", "").lower()
+    if not digits or len(digits) > 32 or not set(digits) <= set("0123456789abcdef"):
+        return None
+    return bytes.fromhex(digits.ljust(32, "0")), bytes.fromhex(digits.ljust(32, "f"))
+
+
 class Time(TypeDecorator[datetime]):
     """A moment in UTC with microseconds; aware in Python, naive UTC in databases without time zones."""
 
@@ -197,9 +205,9 @@ def _audit(metadata: MetaData, options: dict[str, Any]) -> None:
         Column("seq", Serial, primary_key=True, autoincrement=True),
         Column("at", Time, nullable=False),
         Column("who", LongText, nullable=False),
-        Column("action", String(20), nullable=False),  # "retry" or "drop"
-        Column("consumer", Integer, nullable=False),
-        # The dead letter that it was done to; the row itself may be gone.
+        Column("action", String(20), nullable=False),  # "retry", "drop"; "done", "resend", "failed"
+        Column("consumer", Integer, nullable=False),  # 0: an effect
+        # The dead letter or effect that it was done to; the row itself may be gone.
         Column("pk", Key, nullable=False),
         Column("identity", Key, nullable=False),
         Column("reason", String(40), nullable=False),
