@@ -105,7 +105,7 @@ class AmqpPublisher:
 
     def _connected(self, deadline: float) -> Confirms:
         if self._link is not None and not self._link.fit():
-            self._drop()
+            self.close()
         if self._link is None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:

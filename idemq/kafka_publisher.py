@@ -6,12 +6,24 @@ After a timeout, a refused record or any error the producer is thrown away, with
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from asyncio import Future
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    BrokerResponseError,
+    InvalidTopicError,
+    KafkaError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
+from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.protocol.metadata import MetadataRequest
 
 from idemq.bridge import EventLoop
 from idemq.broker import Unsendable
@@ -19,12 +31,11 @@ from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka_connect import reach, told
 from idemq.message import ID_HEADERS, Message
 
-if TYPE_CHECKING:
-    from aiokafka.errors import BrokerResponseError
-
-#: The largest record that is tried, in bytes; below it the topic decides. Brokers end the connection, without
-#: a word, at a request above 100 MiB.
+#: The largest body that is tried, in bytes; below it the topic decides. Brokers end the connection, without a
+#: word, at a request above 100 MiB.
 MOST_BYTES = 64 * 1024 * 1024
+#: Records for one partition travel together up to so many bytes; most topics take 1 MiB.
+BATCH_BYTES = 128 * 1024
 #: The clean-up of a producer that is thrown away.
 _DISCARD_SECONDS = 1.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -54,6 +65,8 @@ def record(place: int, address: Sequence[str], message: Message) -> Record:
     for name, value in (("body", message.body), ("key", message.key)):
         if value is not None and not isinstance(value, bytes):
             raise Unsendable(f"the {name} must be bytes, not {type(value).__name__}")
+        if value is not None and len(value) > MOST_BYTES:
+            raise Unsendable(f"the {name} is too large: {len(value)} bytes; at most {MOST_BYTES} are tried")
     if message.properties:
         raise Unsendable(f"Kafka has no property {next(iter(message.properties))!r}: make it a header")
     timestamp = None
@@ -132,29 +145,29 @@ class KafkaPublisher:
         self._loop.run(work)
 
     async def _publish(self, records: list[Record], answers: _Answers, deadline: float) -> None:
-        refused = await self._attempt(records, answers, deadline)
-        if len(records) == 1:
-            answers.update(refused)
-        # Records travel together, and one that is refused takes others with it: each goes alone now.
-        for each in records:
-            if each.place in answers:
-                continue
-            try:
-                answers.update(await self._attempt([each], answers, deadline))
-            except BrokerUnavailable:
-                if time.monotonic() < deadline:
-                    raise
-                # What is known is told: the same batch would end the same way for ever.
-                answers.update({place: text for place, text in refused.items() if place not in answers})
-                return
+        left, reason = records, ""
+        try:
+            while left:
+                refused = await self._attempt(left, answers, deadline)
+                reason = next(iter(refused.values()), reason)
+                # The broker refuses a whole request of records: each of them goes alone now, and then those
+                # that come after them in their partition, which were held back.
+                for each in left:
+                    if each.place in refused and each.place not in answers:
+                        answers.update(await self._attempt([each], answers, deadline))
+                left = [each for each in left if each.place not in answers]
+        except BrokerUnavailable:
+            if not reason or time.monotonic() < deadline:
+                raise
+            # What is known is told: the same batch would end the same way for ever.
+            late = f"the time was over before its turn came, after others with it: {reason}"
+            answers.update({each.place: late for each in records if each.place not in answers})
 
     async def _attempt(self, records: list[Record], answers: _Answers, deadline: float) -> dict[int, str]:
-        """Publish all of them, and write to `answers` what is certain; what the broker refused is returned.
+        """Publish them, up to what is refused in each partition, and write to `answers` what is certain.
 
-        Raises `BrokerUnavailable`.
+        Returns what was refused, together with others or alone. Raises `BrokerUnavailable`.
         """
-        from aiokafka.errors import KafkaError
-
         orderly = False
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
@@ -175,12 +188,10 @@ class KafkaPublisher:
 
     async def _connected(self) -> Any:
         if self._producer is None:
-            from aiokafka import AIOKafkaProducer
-
             options = self._options()
             await reach(options)
             self._producer = AIOKafkaProducer(
-                **options, acks="all", enable_idempotence=True, max_request_size=MOST_BYTES
+                **options, acks="all", enable_idempotence=True, max_batch_size=BATCH_BYTES
             )
             await self._producer.start()
         return self._producer
@@ -206,9 +217,6 @@ async def _end_tasks() -> None:
 
 async def _find_topics(producer: Any, records: Iterable[Record], answers: _Answers) -> None:
     """Answer for the topics that cannot be written to. (To ask by name as clients do may create a topic.)"""
-    from aiokafka.errors import InvalidTopicError, TopicAuthorizationFailedError, UnknownTopicOrPartitionError
-    from aiokafka.protocol.metadata import MetadataRequest
-
     reasons = {
         UnknownTopicOrPartitionError.errno: "there is no topic {!r} (or this user may not see it): create it",
         TopicAuthorizationFailedError.errno: "this user may not write to the topic {!r}: allow it",
@@ -224,8 +232,6 @@ async def _find_topics(producer: Any, records: Iterable[Record], answers: _Answe
 
 async def _ask(client: Any, request: Any) -> Any:
     """The answer of the first broker that gives one."""
-    from aiokafka.errors import KafkaError
-
     failure: Exception = BrokerUnavailable("Kafka names no broker")
     for broker in client.cluster.brokers():
         try:
@@ -236,34 +242,55 @@ async def _ask(client: Any, request: Any) -> Any:
 
 
 async def _send(producer: Any, records: Iterable[Record], answers: _Answers) -> dict[int, str]:
-    """Hand over all that have no answer yet, in order, and wait for the answers; returns the refusals."""
-    from aiokafka.errors import BrokerResponseError, MessageSizeTooLargeError, TopicAuthorizationFailedError
-
-    futures: dict[int, Future[Any]] = {}
+    """Send all that have no answer yet, each partition in order; returns the refusals."""
+    lanes: dict[tuple[str, int], deque[Record]] = {}
+    keyless: dict[str, int] = {}  # one partition for all of them: fewer requests
+    for each in records:
+        if each.place in answers:
+            continue
+        partitions = sorted(await producer.partitions_for(each.topic))
+        if each.key is None:
+            partition = keyless.setdefault(each.topic, random.choice(partitions))
+        else:
+            partition = DefaultPartitioner()(each.key, partitions, partitions)
+        lanes.setdefault((each.topic, partition), deque()).append(each)
+    work = [_send_lane(producer, *lane, waiting, answers) for lane, waiting in lanes.items()]
     refused: dict[int, str] = {}
-    try:
-        for each in records:
-            if each.place in answers:
-                continue
-            try:
-                futures[each.place] = await producer.send(
-                    each.topic, each.value, each.key, timestamp_ms=each.timestamp_ms, headers=each.headers
-                )
-            except (MessageSizeTooLargeError, TopicAuthorizationFailedError) as error:
-                answers[each.place] = _text(error)
-        for place, future in futures.items():
-            try:
-                await future
-                answers[place] = None
-            except BrokerResponseError as error:
-                if error.retriable:
-                    raise
-                refused[place] = _text(error)
-    finally:
-        for future in futures.values():
-            if future.done() and not future.cancelled():
-                future.exception()  # looked at, or asyncio complains that nobody did
+    for ended in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(ended, BaseException):
+            raise ended
+        refused |= ended
     return refused
+
+
+async def _send_lane(
+    producer: Any, topic: str, partition: int, waiting: deque[Record], answers: _Answers
+) -> dict[int, str]:
+    """Up to the first request that is refused. aiokafka alone would send those after it, too: on a broker
+    that does not know the producer yet they would overtake what has to be sent again."""
+    while waiting:
+        request, inside = producer.create_batch(), []
+        while waiting and _append(request, waiting[0]):
+            inside.append(waiting.popleft())
+        try:
+            await asyncio.shield(await producer.send_batch(request, topic, partition=partition))
+        except BrokerResponseError as error:
+            if error.retriable:
+                raise
+            refused = {each.place: _text(error) for each in inside}
+            if len(refused) == 1:  # nobody else can be the cause
+                answers.update(refused)
+            return refused
+        answers.update({each.place: None for each in inside})
+    return {}
+
+
+def _append(request: Any, record: Record) -> bool:
+    """False when it is full; a first record always fits."""
+    added = request.append(
+        timestamp=record.timestamp_ms, key=record.key, value=record.value, headers=record.headers
+    )
+    return added is not None
 
 
 def _text(error: BrokerResponseError) -> str:
