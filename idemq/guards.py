@@ -102,7 +102,8 @@ def upsert(
 
     UPDATED also when it had them already. Whoever inserts at the same time is waited for; of all that commit,
     one is told INSERTED. On MySQL and MariaDB the row that is updated is found by *any* unique constraint:
-    `SetupError` is raised when another one than the key's has columns among the given ones.
+    `SetupError` is raised when another one than the key's has columns among the given ones. A column's
+    `onupdate` is not applied there.
     """
     guarded = GuardedRow(target, row, key)
     inserted = insert_or_meet(guarded, guarded.changed(values))
@@ -273,7 +274,7 @@ def already_done(target: Target, *constraints: str) -> Iterator[AlreadyDone]:
     be used on. Any other error undoes the block's work too, and goes on. A constraint or unique index is
     named as in the database (a primary key is PRIMARY on MySQL and MariaDB); on SQLite, where many have no
     name, `"orders.number"` names its columns (`"orders.shop, orders.number"`). Constraints that are checked
-    by COMMIT are out of reach.
+    by COMMIT are out of reach. In async code the whole block goes into the function given to run_sync.
     """
     if not constraints:
         raise SetupError("already_done: name at least one unique constraint")

@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import mysql
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from idemq import guards
 from idemq.errors import LockTimeout, SetupError
@@ -597,6 +597,20 @@ def test_a_mistake_of_the_caller_is_named(name: str) -> None:
         call(connection)
     connection.close()
     connection.engine.dispose()
+
+
+@on(*[each for each in SYNC_SESSIONS if each[0] == "sqlite"])
+def test_a_scoped_session_is_the_session_of_its_thread(place: Place) -> None:
+    scoped = scoped_session(sessionmaker(place.engine))
+    scoped.add(Order(number="7", state=CREATED))
+    answer = guards.transition(scoped, Order, SEVEN, "state", to=PAID, allowed_from=[CREATED])
+    assert answer.outcome is Outcome.APPLIED
+    with guards.already_done(scoped, "guarded_orders_number") as attempt:
+        scoped.add(Order(number="7"))
+    assert attempt.done_before
+    scoped.commit()
+    scoped.remove()
+    assert place.rows(orders.c.state) == [PAID]
 
 
 def test_a_locked_row_has_the_type_of_what_was_asked_for() -> None:
