@@ -18,6 +18,7 @@ import httpx
 import pytest
 import uvicorn
 from sqlalchemy import URL, Engine, create_engine, delete
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -383,11 +384,16 @@ def test_twins_that_wait_take_no_thread_from_the_endpoint_that_they_wait_for(api
 class _Server:
     """uvicorn in a thread, for real HTTP."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, api: Api) -> None:
         self.port = free_port()
-        config = uvicorn.Config(app, port=self.port, log_level="critical", lifespan="off", ws="none")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run)
+        config = uvicorn.Config(api.app, port=self.port, log_level="critical", lifespan="off", ws="none")
+        self._server, self._engine = uvicorn.Server(config), api.engine
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self) -> None:
+        await self._server.serve()
+        if isinstance(self._engine, AsyncEngine):  # whose connections belong to this loop
+            await self._engine.dispose()
 
     def __enter__(self) -> str:
         self._thread.start()
@@ -418,7 +424,7 @@ def test_fifty_identical_requests_at_the_same_time_have_one_effect(
             asked = [client.post("/payments", json={"mark": "paid"}, headers=headers) for _ in range(50)]
             return await asyncio.gather(*asked)
 
-    with _Server(api.app) as address:
+    with _Server(api) as address:
         responses = api.run(play(address))
     assert {each.status_code for each in responses} <= {201, 409}
     done = [each for each in responses if each.status_code == 201]
@@ -426,9 +432,7 @@ def test_fifty_identical_requests_at_the_same_time_have_one_effect(
     assert len({each.content for each in done}) == 1
     assert {problem(each) for each in responses if each.status_code == 409} <= {"in-progress"}
     assert (api.marks(), api.claims()) == (["paid"], 1)
-    api.runner.close()
-    if isinstance(engine, Engine):
-        engine.dispose()
+    api.close()
 
 
 @pytest.mark.situation(3)
@@ -439,7 +443,7 @@ def test_a_client_that_goes_away_finds_the_answer_when_it_asks_again(api: Api) -
         b"POST /payments HTTP/1.1\r\nHost: shop\r\nAuthorization: alice\r\nContent-Type: application/json\r\n"
         b'Idempotency-Key: "k1"\r\nContent-Length: %d\r\n\r\n%s' % (len(body), body)
     )
-    with _Server(api.app) as address:
+    with _Server(api) as address:
         with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as client:
             client.sendall(request)
             assert api.gate.inside.wait(90)

@@ -23,6 +23,8 @@ class Boom(Exception):
     """What a block raises on purpose."""
 
 
+@pytest.mark.situation(3)
+@pytest.mark.pattern("result-cache")
 @on()
 def test_the_work_is_done_once_and_both_calls_get_the_first_answer(caller: Caller) -> None:
     def do(work: Work, connection: Connection, session: Session | None) -> None:
@@ -64,6 +66,8 @@ def test_a_failed_flush_at_the_end_of_the_block_undoes_both(caller: Caller) -> N
     assert caller("1") == (True, None)
 
 
+@pytest.mark.situation(3)
+@pytest.mark.pattern("global-id")
 @on()
 def test_the_same_id_with_another_body_is_a_conflict_and_changes_nothing(caller: Caller) -> None:
     caller("1", body=b"x")
