@@ -157,8 +157,8 @@ class Outgoing:
         """Whether it was changed; it has no owner then, and is due in so many seconds, or never (None)."""
         not_before = None if due is None else now + timedelta(seconds=due)
         free = {"owner": None, "lease_until": None, "last_at": now, "not_before": not_before}
-        changed = update(self.table).where(which).values(state=state, **free, **more)
-        return connection.execute(changed).rowcount > 0
+        updated = update(self.table).where(which).values(state=state, **free, **more)
+        return connection.execute(updated).rowcount > 0  # of an UPDATE
 
     def delete(self, connection: Connection, which: ColumnElement[bool]) -> bool:
         return connection.execute(delete(self.table).where(which)).rowcount > 0

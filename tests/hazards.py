@@ -1,7 +1,8 @@
-"""`make hazards`: every hazard of docs/hazards.md with the tests that prove its answer.
+"""`make hazards`: what can go wrong (docs/hazards.md), the situations and patterns of docs/idempotence.md, and
+the tests that prove the answers.
 
-Tests are collected, not run. Ends with 1 when a hazard that is answered has no test, or when a test names a
-hazard that the list does not have.
+Tests are collected, not run. Ends with 1 when something that is answered has no test, or when a test names
+what the lists do not have.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-_ROW = re.compile(r"^\| (?P<id>[HS]\d+) \| (?P<title>.+?) \| (?P<answer>.+?) \|$", re.MULTILINE)
+#: Marker, what it marks, the page that lists it, and how a row of that page begins.
+LISTS = (
+    ("hazard", "hazards", "hazards.md", r"[HS]\d+"),
+    ("situation", "situations", "idempotence.md", r"\d"),
+    ("pattern", "patterns", "idempotence.md", r"[a-z]+(?:-[a-z]+)+|token|upsert"),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Hazard:
+class Entry:
     id: str
     title: str
     answer: str
@@ -31,24 +37,26 @@ class Hazard:
         return not self.answer.startswith("later")
 
 
-def hazards() -> list[Hazard]:
-    text = (ROOT / "docs" / "hazards.md").read_text(encoding="utf-8")
-    return [Hazard(**row.groupdict()) for row in _ROW.finditer(text)]
+def entries(page: str, ids: str) -> list[Entry]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    row = re.compile(rf"^\| (?P<id>{ids}) \| (?P<title>.+?) \| (?P<answer>.+?) \|$", re.MULTILINE)
+    return [Entry(**found.groupdict()) for found in row.finditer(text)]
 
 
 class Collector:
-    """Remembers which tests carry which hazard; those marked as skipped or failing prove nothing."""
+    """Remembers which tests carry which mark; those marked as skipped or failing prove nothing."""
 
     def __init__(self) -> None:
-        #: Hazard -> test, without its parameters -> number of cases.
-        self.tests: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        #: Marker and its argument -> test, without its parameters -> number of cases.
+        self.tests: dict[tuple[str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             if item.get_closest_marker("skip") or item.get_closest_marker("xfail"):
                 continue
-            for name in {str(arg) for marker in item.iter_markers("hazard") for arg in marker.args}:
-                self.tests[name][item.nodeid.partition("[")[0]] += 1
+            for name, *_ in LISTS:
+                for id in {str(arg) for marker in item.iter_markers(name) for arg in marker.args}:
+                    self.tests[name, id][item.nodeid.partition("[")[0]] += 1
 
 
 def collect() -> Collector:
@@ -63,20 +71,28 @@ def collect() -> Collector:
 
 def main() -> int:
     found = collect().tests
-    known = hazards()
-    missing = [hazard.id for hazard in known if hazard.required and hazard.id not in found]
-    unknown = sorted(found.keys() - {hazard.id for hazard in known})
-    for hazard in known:
-        tests = found.get(hazard.id, {})
-        state = f"{sum(tests.values())} cases" if tests else "MISSING" if hazard.required else "not yet"
-        print(f"{hazard.id:<4} {state:>9}  {hazard.title}")
-        for test, cases in sorted(tests.items()):
-            print(f"{'':16} {test.removeprefix('tests/')}{f' ({cases} cases)' if cases > 1 else ''}")
-    proven = sum(hazard.id in found for hazard in known)
-    print(f"\n{proven} of {len(known)} hazards have tests; missing: {', '.join(missing) or 'none'}")
-    if unknown:
-        print(f"tests name hazards that docs/hazards.md does not have: {', '.join(unknown)}")
-    return 1 if missing or unknown else 0
+    wrong = False
+    for marker, title, page, ids in LISTS:
+        tests = {id: each for (name, id), each in found.items() if name == marker}
+        known = entries(page, ids)
+        missing = [entry.id for entry in known if entry.required and entry.id not in tests]
+        unknown = sorted(tests.keys() - {entry.id for entry in known})
+        wide = max(len(entry.id) for entry in known)
+        for entry in known:
+            _print(entry, tests.get(entry.id, {}), wide)
+        proven = sum(entry.id in tests for entry in known)
+        print(f"\n{proven} of {len(known)} {title} have tests; missing: {', '.join(missing) or 'none'}\n")
+        if unknown:
+            print(f"tests name {title} that docs/{page} does not have: {', '.join(unknown)}\n")
+        wrong = wrong or bool(missing or unknown)
+    return int(wrong)
+
+
+def _print(entry: Entry, tests: dict[str, int], wide: int) -> None:
+    state = f"{sum(tests.values())} cases" if tests else "MISSING" if entry.required else "not yet"
+    print(f"{entry.id:<{wide}} {state:>9}  {entry.title}")
+    for test, cases in sorted(tests.items()):
+        print(f"{'':{wide + 12}} {test.removeprefix('tests/')}{f' ({cases} cases)' if cases > 1 else ''}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Boom(Exception):
 
 
 @pytest.mark.situation(3)
+@pytest.mark.pattern("dedup-table")
 @pytest.mark.pattern("result-cache")
 @on()
 def test_the_work_is_done_once_and_both_calls_get_the_first_answer(caller: Caller) -> None:

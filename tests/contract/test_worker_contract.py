@@ -35,6 +35,7 @@ def test_each_message_is_processed_and_acknowledged(broker: Broker, make: Make) 
     assert broker.left() == 0
 
 
+@pytest.mark.pattern("dedup-table")
 def test_what_comes_again_is_acknowledged_and_skipped(broker: Broker, make: Make) -> None:
     shop = make(concurrency=4)
     broker.publish(sent(1, 1, 2, 1, 3, 2, 3, 4))
