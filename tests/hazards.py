@@ -1,5 +1,5 @@
-"""`make hazards`: what can go wrong (docs/hazards.md), the situations and patterns of docs/idempotence.md, and
-the tests that prove the answers.
+"""`make hazards`: what can go wrong (docs/hazards.md), the situations and patterns of docs/idempotence.md,
+and the tests that prove the answers.
 
 Tests are collected, not run. Ends with 1 when something that is answered has no test, or when a test names
 what the lists do not have.
