@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from sqlalchemy import Connection
+
 from idemq import consuming, drivers, ordering, parking, process
 from idemq.broker import Delivery
+from idemq.effect_rows import EffectRows
 from idemq.failures import Job
+from idemq.ledger import clock
 from idemq.message import Verdict
+from idemq.outgoing import SENDING, WAITING, Row
+from idemq.pumps import MessagePump
 
 
 class _Acked:
@@ -73,7 +79,46 @@ def key_order_forgotten() -> None:
 ORDER_CONTROLS: dict[str, Callable[[], None]] = {"key order forgotten": key_order_forgotten}
 
 
+def the_dead_sent_nothing() -> None:
+    """Send anew what a process was sending when it died."""
+
+    def reap(self: EffectRows, connection: Connection) -> None:
+        with drivers.begin(connection):
+            now = clock(connection)
+            unsent = self.due(now, SENDING)
+            self.change(connection, unsent, WAITING, due=0.0, now=now, first_sending_at=None)
+
+    EffectRows.reap = reap  # type: ignore[method-assign]  # on purpose
+
+
+def an_error_means_not_sent() -> None:
+    """Send anew whatever did not end well."""
+    EffectRows.in_doubt = EffectRows.not_sent  # type: ignore[method-assign]  # on purpose
+
+
+#: Those that send a text twice.
+EFFECT_CONTROLS: dict[str, Callable[[], None]] = {
+    "the dead sent nothing": the_dead_sent_nothing,
+    "an error means not sent": an_error_means_not_sent,
+}
+
+
+def deleted_before_confirmed() -> None:
+    """Take a message from the outbox before the broker has it."""
+    publish = MessagePump._publish
+
+    def early(self: MessagePump, batch: list[Row]) -> list[Row]:
+        self.database.run(lambda connection: self._messages.sent(connection, batch))
+        return publish(self, batch)
+
+    MessagePump._publish = early  # type: ignore[method-assign]  # on purpose
+
+
+#: Those that lose what was planned.
+OUTBOX_CONTROLS: dict[str, Callable[[], None]] = {"deleted before confirmed": deleted_before_confirmed}
+
+
 def apply(name: str) -> None:
     """Break the core in this process; nothing for the empty name."""
     if name:
-        (CONTROLS | ORDER_CONTROLS)[name]()
+        (CONTROLS | ORDER_CONTROLS | EFFECT_CONTROLS | OUTBOX_CONTROLS)[name]()
