@@ -208,7 +208,7 @@ def test_what_ends_the_channel_is_told_also_when_the_time_is_not_enough_for_the_
     monkeypatch.setattr(AmqpPublisher, "_attempt", slow)
     batch = [(to(queue), message("0")), (("missing", ""), message("1"))]
     batch += [(to(queue), message("2")), (to(queue), message("3"))]
-    kept, *others = proxied.publish(batch, 2.0)
+    kept, *others = proxied.publish(batch, 5.0)
 
     assert kept is None
     assert "refused" in (others[0] or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from idemq.broker import Destination
 from idemq.embedded import Embedded
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka import Kafka
-from idemq.kafka_publisher import KafkaPublisher
+from idemq.kafka_publisher import KafkaPublisher, Record
 from idemq.message import Message, message_id
 from idemq.rabbitmq import RabbitMQ
 from tests import kafka_tools as tools
@@ -372,6 +373,31 @@ def test_a_record_that_is_refused_takes_none_with_it_and_changes_no_order(
     with consuming(KafkaBroker(kafka_servers, unique).source(), prefetch=500) as (inbox, _):
         assert ids(inbox.take(299)) == [f"id-{n}" for n in range(300) if n != place]
         assert inbox.empty
+    tools.delete_topic(kafka_servers, unique)
+
+
+def test_a_refused_record_is_told_also_when_the_time_is_not_enough_for_the_others(
+    kafka_servers: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kafka = Kafka(kafka_servers)
+    tools.create_topic(kafka_servers, unique, configs={"cleanup.policy": "compact"})
+    found = KafkaPublisher._attempt
+
+    async def slow(self: KafkaPublisher, records: list[Record], *rest: Any) -> dict[int, str]:
+        if [record.place for record in records] == [2]:  # alone, after the one that is refused
+            await asyncio.sleep(5.0)
+        return await found(self, records, *rest)
+
+    monkeypatch.setattr(KafkaPublisher, "_attempt", slow)
+    batch = some(4, key=b"k")
+    batch[1] = Message(body=b"x", id="no key")
+    with publishing(kafka) as publisher:
+        publisher.publish([(kafka.to(unique).address, some(1, key=b"k")[0])], SECONDS)
+        kept, *others = publisher.publish([(kafka.to(unique).address, message) for message in batch], 5.0)
+
+    assert kept is None
+    assert "refused" in (others[0] or "")
+    assert all("time was over" in (text or "") for text in others[1:])
     tools.delete_topic(kafka_servers, unique)
 
 
