@@ -6,17 +6,25 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
-from sqlalchemy import Engine, Pool
+from sqlalchemy import Connection, Engine, Pool, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from idemq import schema as tables
 from idemq.bridge import EventLoop
 from idemq.broker import Broker
 from idemq.effect_calls import EffectPump
 from idemq.effects import Effect
+from idemq.ledger import clock
+from idemq.outgoing import EFFECT, MESSAGE
+from idemq.packing import shown
 from idemq.pumps import Database, MessagePump, Pump
 
 log = logging.getLogger("idemq.relay")
+
+#: What is due for so long and has no pump is told of, and again after as long, in seconds.
+TELL_EVERY = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,37 @@ class Leaving:
         return isinstance(self.engine, AsyncEngine) or any(effect.asynchronous for effect in self.effects)
 
 
+class Strays(Pump):
+    """Sends nothing: it tells of what waits for a broker or effect that is not declared, so has no pump."""
+
+    def __init__(self, leaving: Leaving, database: Database) -> None:
+        super().__init__("undeclared", database, self)
+        self._table = tables.table("idemq_outgoing", leaving.schema)
+        self._declared = {
+            MESSAGE: [broker.name.encode() for broker in leaving.brokers],
+            EFFECT: [effect.name.encode() for effect in leaving.effects],
+        }
+        self._tell_at = float("-inf")
+
+    def round(self) -> bool:
+        return False
+
+    def reap(self, connection: Connection) -> None:
+        if time.monotonic() < self._tell_at:
+            return
+        c = self._table.c
+        strange = or_(*((c.kind == kind) & c.target.not_in(names) for kind, names in self._declared.items()))
+        # Not what another app, which declares them, is about to send.
+        due = c.not_before <= clock(connection) - timedelta(seconds=TELL_EVERY)
+        query = select(c.kind, c.target, func.count(), func.min(c.at)).where(strange, due)
+        for kind, target, count, since in connection.execute(query.group_by(c.kind, c.target)):
+            what, where = ("broker", "App(brokers=...)") if kind == MESSAGE else ("effect", "@app.effect")
+            name, then = shown(target.decode()), since.isoformat(" ", "seconds")
+            text = "%d for the %s %r wait, since %s: this app does not declare it, see %s; they are kept"
+            log.error(text, count, what, name, then, where)
+        self._tell_at = time.monotonic() + TELL_EVERY
+
+
 class Relay:
     """All pumps of one process."""
 
@@ -45,7 +84,7 @@ class Relay:
         database, schema = Database(leaving.engine, loop), leaving.schema
         self._effects = [EffectPump(effect, database, schema, loop) for effect in leaving.effects]
         messages = [MessagePump(broker, database, schema) for broker in leaving.brokers]
-        self._pumps: list[Pump] = [*self._effects, *messages]
+        self._pumps: list[Pump] = [*self._effects, *messages, Strays(leaving, database)]
         for pump in self._pumps:
             pump.start()
 

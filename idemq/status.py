@@ -1,17 +1,18 @@
-"""What the tables say about each consumer: an overview for people and programs.
+"""What the tables say about each consumer, and of what is to leave: an overview for people and programs.
 
 Guaranteed: a number that is not exact says so, and the time it takes does not grow with the claims.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, and_, case, func, select, text, true
 
-from idemq import names
+from idemq import names, outgoing
 from idemq import schema as tables
 from idemq.drivers import kind_of
 from idemq.failures import DEAD, SUSPECT, WAITING
@@ -56,6 +57,59 @@ def status(connection: Connection, *, schema: str | None = None, counted: int = 
         _of(name, claims.get(number, 0) - dropped.get(number, 0), precision, failed.get(number))
         for number, name in sorted(names.known(connection, schema).items(), key=lambda each: each[1])
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """What is to leave for one broker, or by one effect."""
+
+    kind: Literal["broker", "effect"]
+    name: str
+    #: It is one of those that were given; a row of another one waits until an app declares it.
+    declared: bool
+    waiting: int
+    sending: int
+    #: Only effects are ever in doubt, or fail.
+    in_doubt: int
+    failed: int
+    #: When the one that waits longest was planned.
+    oldest_waiting: datetime | None
+
+
+def leaving(
+    connection: Connection,
+    *,
+    brokers: Collection[str] = (),
+    effects: Collection[str] = (),
+    schema: str | None = None,
+) -> list[Leaving]:
+    """The given brokers and effects, and all others that rows are there for: brokers first, by name."""
+    c = tables.table("idemq_outgoing", schema).c
+    states = (outgoing.WAITING, outgoing.SENDING, outgoing.IN_DOUBT, outgoing.FAILED)
+    query = select(
+        c.kind,
+        c.target,
+        *(func.sum(case((c.state == state, 1), else_=0)) for state in states),
+        func.min(case((c.state == outgoing.WAITING, c.at))),
+    ).group_by(c.kind, c.target)
+    found = {(kind, target.decode()): counts for kind, target, *counts in connection.execute(query)}
+    given = {(outgoing.MESSAGE, name) for name in brokers} | {(outgoing.EFFECT, name) for name in effects}
+    targets = []
+    for kind, name in sorted(given | found.keys()):
+        waiting, sending, in_doubt, failed, oldest = found.get((kind, name), (0, 0, 0, 0, None))
+        targets.append(
+            Leaving(
+                kind="broker" if kind == outgoing.MESSAGE else "effect",
+                name=name,
+                declared=(kind, name) in given,
+                waiting=int(waiting),
+                sending=int(sending),
+                in_doubt=int(in_doubt),
+                failed=int(failed),
+                oldest_waiting=oldest,
+            )
+        )
+    return targets
 
 
 def _of(

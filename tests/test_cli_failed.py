@@ -130,7 +130,7 @@ def test_for_programs_there_is_json(shop: Shop, cli: Cli) -> None:
     assert (letter["id"], letter["consumer"], letter["reason"]) == ("payment-1", "shop", "rejected")
     assert datetime.fromisoformat(letter["last_at"]).tzinfo is not None
     assert cli.json("parked list") == []
-    (overview,) = cli.json("status")
+    (overview,) = cli.json("status")["consumers"]
     assert (overview["consumer"], overview["dead"], overview["precision"]) == ("shop", 1, "exact")
 
 
@@ -175,7 +175,7 @@ def test_a_consumer_is_shown_under_the_name_that_the_app_gives_it_now(
     )
     renamed = Cli(write_app(tmp_path, unique + "b", shop.url, more), cli._capsys)
     assert [each["consumer"] for each in renamed.json("dead list")] == ["shop"]
-    assert [each["consumer"] for each in renamed.json("status")] == ["shop"]
+    assert [each["consumer"] for each in renamed.json("status")["consumers"]] == ["shop"]
 
 
 @SQLITE

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from idemq.cli import db, demo, failed, run, seen
+from idemq.cli import db, demo, doubt, failed, overview, run, seen
 from idemq.cli.loading import Failure
 from idemq.errors import IdemqError, SetupError
 
@@ -23,9 +23,10 @@ root = typer.Typer(
 )
 root.add_typer(db.commands, name="db")
 root.command()(run.run)
-root.command()(failed.status)
+root.command()(overview.status)
 root.add_typer(failed.dead, name="dead")
 root.add_typer(failed.parked, name="parked")
+root.add_typer(doubt.commands, name="doubt")
 root.command()(seen.seen)
 root.command()(demo.demo)
 

@@ -1,16 +1,20 @@
-"""Which letters a command is about, and the question before anything is done to them.
+"""Which letters or effects a command is about, and the question before anything is done to them.
 
 Guaranteed: what was counted and asked about is what it is done to, and nothing else.
 """
 
 from __future__ import annotations
 
+import getpass
+import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Annotated, Protocol
+from pathlib import Path
+from typing import Annotated, Protocol, TypeVar
 from uuid import UUID
 
 import typer
@@ -21,6 +25,8 @@ from idemq.cli.harmless import one_line
 from idemq.cli.loading import Database, Failure
 from idemq.errors import SetupError
 from idemq.failed_rows import Which
+
+Found = TypeVar("Found")
 
 #: How many letters one transaction retries or drops.
 AT_ONCE = 1_000
@@ -48,15 +54,30 @@ Newer = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many: those that came first.")]
 
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Shown = Annotated[int, typer.Option("--limit", min=1, help="At most so many: those that came first.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+By = Annotated[str | None, typer.Option("--by", help="Who does it, for the record; by default the user.")]
+Raw = Annotated[
+    Path | None,
+    typer.Option("--raw", metavar="FILE", help="Write the body there, byte for byte; - is standard output."),
+]
+
+
+def only(found: Sequence[Found], keys: Sequence[UUID], prefix: str, none: str) -> Found:
+    """What an id means that was given by its beginning. Raises `Failure` unless it is one thing."""
+    if not found:
+        raise Failure(none)
+    if len(found) > 1:
+        raise Failure(f"{prefix!r} is not unique: it begins {', '.join(map(str, keys))}")
+    return found[0]
+
 
 def one(connection: Connection, schema: str | None, prefix: str) -> letters.Letter:
     """The letter whose id begins with `prefix`. Raises `Failure` when there is none, or more than one."""
     found = letters.find(connection, prefix, schema=schema)
-    if not found:
-        raise Failure(f"there is no letter {prefix!r}; it may be done, or dropped")
-    if len(found) > 1:
-        raise Failure(f"{prefix!r} is not unique: it begins {', '.join(str(each.pk) for each in found)}")
-    return found[0]
+    none = f"there is no letter {prefix!r}; it may be done, or dropped"
+    return only(found, [each.pk for each in found], prefix, none)
 
 
 def those(connection: Connection, schema: str | None, prefixes: list[str]) -> list[UUID]:
@@ -104,11 +125,7 @@ def act(
     kinds = Counter((database.renamed(each.consumer), each.reason) for each in chosen)
     parts = [f"{one_line(name)}: {count} {reason}" for (name, reason), count in sorted(kinds.items())]
     say(f"{action} {counted(len(chosen))} ({'; '.join(parts)})")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise SetupError("there is no terminal to ask at, so nothing was done: give --yes")
-        if not typer.confirm("Go on?", err=True):
-            raise Failure("nothing was done")
+    ask(yes)
     pks = [each.pk for each in chosen]
     done = 0
     for start in range(0, len(pks), AT_ONCE):
@@ -116,6 +133,36 @@ def act(
     if done < len(pks):
         say(f"{len(pks) - done} were not dead any more: somebody else was first")
     return done
+
+
+def ask(yes: bool) -> None:
+    """Raises `Failure` on a no, and `SetupError` where nobody can be asked; `yes` is the answer."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise SetupError("there is no terminal to ask at, so nothing was done: give --yes")
+    if not typer.confirm("Go on?", err=True):
+        raise Failure("nothing was done")
+
+
+def user() -> str:
+    """Who does it, if nothing else is said."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container often has no name for its user
+        return f"uid {os.getuid()}"
+
+
+def write(body: bytes, path: Path) -> None:
+    """What --raw wants."""
+    if str(path) == "-":
+        sys.stdout.buffer.write(body)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        path.write_bytes(body)
+    except OSError as error:
+        raise Failure(f"{path} cannot be written: {error.strerror}") from None
 
 
 def counted(count: int) -> str:

@@ -1,16 +1,11 @@
-"""`idemq dead`, `idemq parked`, `idemq status`: what failed, what waits, and what to do about it."""
+"""`idemq dead`, `idemq parked`: what failed, what waits, and what to do about it."""
 
 from __future__ import annotations
 
-import getpass
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from sqlalchemy import Connection
@@ -18,39 +13,38 @@ from sqlalchemy import Connection
 from idemq import letters
 from idemq.cli import failed_tables as tables
 from idemq.cli.choosing import (
+    By,
     Consumer,
+    Json,
     Limit,
     Newer,
     Older,
+    Raw,
     Reason,
+    Shown,
+    Yes,
     act,
     check_said,
     counted,
     matching,
     one,
     say,
+    user,
+    write,
 )
 from idemq.cli.loading import AppName, Database, Failure, load
+from idemq.cli.tables import print_json
 from idemq.failed_rows import Which
 from idemq.ledger import clock
-from idemq.status import status as status_of
 
 dead = typer.Typer(help="Dead letters: list, show, retry or drop them.", no_args_is_help=True)
 parked = typer.Typer(help="Messages that wait to be tried again.", no_args_is_help=True)
 
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
-Shown = Annotated[int, typer.Option("--limit", min=1, help="At most so many: those that came first.")]
 Letter = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it; its beginning is enough.")]
 Letters = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="As `list` shows them.")]
 All = Annotated[bool, typer.Option("--all", help="All dead letters of the app.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-By = Annotated[str | None, typer.Option("--by", help="Who does it, for the record; by default the user.")]
 Why = Annotated[str | None, typer.Option("--why", help="The reason, for the record.")]
 MustSayWhy = Annotated[str, typer.Option("--why", help="The reason, for the record.")]
-Raw = Annotated[
-    Path | None,
-    typer.Option("--raw", metavar="FILE", help="Write the body there, byte for byte; - is standard output."),
-]
 Force = Annotated[
     bool,
     typer.Option("--force", help="Also those that broke their transaction: what they did is done again."),
@@ -105,7 +99,7 @@ def _list(
     more = len(found) > limit
     found = [replace(each, consumer=database.renamed(each.consumer)) for each in found[:limit]]
     if as_json:
-        _print_json([tables.as_json(each) for each in found])
+        print_json([tables.as_json(each) for each in found])
     elif found:
         tables.print_letters(found, now)
         if more:
@@ -129,24 +123,13 @@ def show(app: AppName, letter: Letter, raw: Raw = None, as_json: Json = False) -
         raise Failure(f"the letter {letter!r} has just been done or dropped")
     message, found = found.message, replace(found, consumer=database.renamed(found.consumer))
     if raw is not None:
-        _write(message.body, raw)
+        if message.body is None:
+            raise Failure("this message has no body: it is a tombstone")
+        write(message.body, raw)
     elif as_json:
-        _print_json(tables.as_json(found, history))
+        print_json(tables.as_json(found, history))
     else:
         tables.print_letter(found, message, history)
-
-
-def _write(body: bytes | None, path: Path) -> None:
-    if body is None:
-        raise Failure("this message has no body: it is a tombstone")
-    if str(path) == "-":
-        sys.stdout.buffer.write(body)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        path.write_bytes(body)
-    except OSError as error:
-        raise Failure(f"{path} cannot be written: {error.strerror}") from None
 
 
 @dead.command()
@@ -177,7 +160,7 @@ def retry(
     chosen = [each for each in wanted if not letters.refusal(each.reason, force=force)]
     for kind, count in Counter(each.reason for each in refused).items():
         say(f"refused: {count} ({kind}): {letters.refusal(kind, force=force)}")
-    name = by or _user()
+    name = by or user()
     done = act(
         database,
         "retry",
@@ -188,7 +171,7 @@ def retry(
         ),
     )
     if as_json:
-        _print_json({"retried": done, "refused": [tables.match_as_json(each) for each in refused]})
+        print_json({"retried": done, "refused": [tables.match_as_json(each) for each in refused]})
     elif done:
         typer.echo(f"{counted(done)} handed to the workers.")
     if refused and ids:
@@ -219,7 +202,7 @@ def drop(
     check_said(ids, every, which)
     database = Database(app, load(app))
     chosen = matching(database, ids, which)
-    name = by or _user()
+    name = by or user()
     done = act(
         database,
         "drop",
@@ -228,37 +211,6 @@ def drop(
         lambda connection, pks: letters.drop(connection, by=name, why=why, schema=database.schema, ids=pks),
     )
     if as_json:
-        _print_json({"dropped": done})
+        print_json({"dropped": done})
     elif done:
         typer.echo(f"{counted(done)} dropped.")
-
-
-def status(app: AppName, as_json: Json = False) -> None:
-    """Show for each consumer what is processed, waiting and dead.
-
-    Processed are the ids that are not forgotten yet; of very many the number is estimated (~) or a lower
-    bound (>=). Suspects are waiting messages that may have ended a process.
-    """
-    database = Database(app, load(app))
-    found, now = database.do(
-        lambda connection: (status_of(connection, schema=database.schema), clock(connection)),
-    )
-    found = [replace(each, consumer=database.renamed(each.consumer)) for each in found]
-    if as_json:
-        _print_json([tables.as_json(each) for each in found])
-    elif found:
-        tables.print_status(found, now)
-    else:
-        typer.echo("No consumer has ever run on this database.")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container often has no name for its user
-        return f"uid {os.getuid()}"
-
-
-def _print_json(value: Any) -> None:
-    """ASCII only: no terminal obeys anything in it."""
-    typer.echo(json.dumps(value, indent=2))

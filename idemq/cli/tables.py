@@ -1,0 +1,94 @@
+"""What the tables of all commands have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from idemq.audit import Entry
+from idemq.cli.harmless import one_line, shown
+
+#: How many columns a table has where no terminal says it.
+WIDTH = 160
+
+
+def console() -> Console:
+    """Highlights nothing and reads no markup, because what is printed comes from outside."""
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.width = WIDTH
+    return made
+
+
+def print_table(table: Table, rows: Iterable[Sequence[str]]) -> None:
+    for cells in rows:
+        table.add_row(*(Text(cell) for cell in cells))
+    console().print(table)
+
+
+def print_facts(facts: Mapping[str, str], history: Sequence[tuple[str, str]]) -> None:
+    """What is known of one thing, and what people did to it."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    print_table(table, ([name, one_line(fact, 1_024)] for name, fact in [*facts.items(), *history]))
+
+
+def print_part(title: str, text: str) -> None:
+    if text:
+        out = console()
+        out.print(Text(f"\n{title}", style="bold"))
+        out.print(Text(text), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """ASCII only: no terminal obeys anything in it."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, UUID) else value
+
+
+def fields_of(value: Any, *left_out: str) -> dict[str, Any]:
+    """The fields of a dataclass with slots."""
+    return {name: plain(getattr(value, name)) for name in value.__slots__ if name not in left_out}
+
+
+def entries_as_json(history: Sequence[Entry]) -> list[dict[str, Any]]:
+    return [{name: plain(each) for name, each in entry._asdict().items()} for entry in history]
+
+
+def last_line(error: str | None) -> str:
+    lines = shown(error or "").strip().splitlines()
+    return one_line(lines[-1] if lines else "")
+
+
+def moment(then: datetime | None) -> str:
+    return "-" if then is None else then.isoformat(" ", "seconds")
+
+
+def age(now: datetime, then: datetime | None) -> str:
+    if then is None:
+        return "-"
+    seconds = max(0.0, (now - then) / timedelta(seconds=1))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)}{unit}"
+    return f"{int(seconds)}s"
+
+
+def until(now: datetime, then: datetime | None) -> str:
+    if then is None:
+        return "-"
+    return "now" if then <= now else f"in {age(then, now)}"
