@@ -5,6 +5,9 @@ failures  the same with handlers that fail twice or reject, and with copies of 2
 poison    messages that end the process which works on them, in the handler or in the payload's decoder
 replay    messages that go dead for a reason, and get through with `idemq dead retry` once it is mended
 order     messages of 64 keys, workers killed and frozen: per key in order; also with a core that forgets it
+outbox    the relay killed at each step of publishing; also with one that deletes before the confirm
+effects   a text message gateway with faults, and the relay killed at each step of an effect: one text each,
+          by the gateway's own log, or a person is asked; also with a core that sends again when in doubt
 outage    PostgreSQL killed and away for a while, RabbitMQ restarted, while messages arrive
 
 Exits with 1 when a message was lost, doubled, wrongly dead or left waiting, or a broken core was not noticed.
@@ -29,9 +32,10 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import URL, make_url
 
-from prove.brokers import Broker, Kafka, RabbitMQ
+from prove.brokers import Broker, File, Kafka, RabbitMQ
+from prove.fire import table
 from prove.outage import Outage, own_postgres, own_rabbitmq
-from prove.plans import SCENARIOS, Scene, scenes
+from prove.plans import EMBEDDED, SCENARIOS, Scene, scenes
 from tests import servers
 
 SHOWN = (
@@ -55,7 +59,9 @@ def main() -> None:
                 "RabbitMQ": RabbitMQ(stack.enter_context(servers.server("rabbitmq"))),
                 "Kafka": Kafka(stack.enter_context(servers.server("kafka"))),
             }
-            for scene in _chosen(brokers):
+            chosen = _chosen(brokers)
+            brokers[EMBEDDED] = File(home / "broker.db")
+            for scene in chosen:
                 history.append(_run(console, home, database, brokers[scene.broker], scene))
                 (home / "history.json").write_text(json.dumps(history, indent=1))
         except servers.Unavailable as reason:
@@ -83,6 +89,8 @@ def _run(console: Console, home: Path, database: URL, broker: Broker, scene: Sce
 
         play = _play_outage if SCENARIOS[scene.scenario] is Outage else _play
         verdict = play(scene, broker, database, home / uuid4().hex[:8], show)
+    if outcomes := verdict.pop("outcomes", ()):
+        console.print(table(outcomes, f"{scene.label}: {verdict['kills']} kills"))
     known = {"broker": scene.broker, "scenario": scene.scenario, "control": scene.plan.control}
     more = {name: value for name, value in verdict.items() if name not in SHOWN}
     console.print(f"{scene.label}: {', '.join(f'{name} {value}' for name, value in more.items())}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pika
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.protocol.group import LeaveGroupRequest
+
+from idemq.embedded import Embedded
 
 T = TypeVar("T")
 
@@ -104,3 +107,26 @@ class Kafka:
                 await admin.close()
 
         return asyncio.run(run())
+
+
+class File:
+    """The embedded broker."""
+
+    kills_all = False
+
+    def __init__(self, path: Path) -> None:
+        self.url = str(path)
+        self._embedded = Embedded(path)
+
+    def create(self, name: str, *, single: bool) -> None:
+        self._embedded.declare(name)
+
+    def left(self, name: str) -> int:
+        return sum(self._embedded.depth(name))
+
+    def evict(self, name: str) -> None:
+        """Nothing to do: the operating system frees the locks of a dead process."""
+
+    def remove(self, name: str) -> None:
+        """The file goes with its directory."""
+        self._embedded.close()

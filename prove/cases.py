@@ -51,6 +51,10 @@ class Case:
         return cls(provider, fault, tuple(steps))
 
 
+#: They show whether anything is sent again of which nobody knows.
+TELLING = (Case("none", "no fault", ("accepted",)), Case("none", "500", ("written",)))
+
+
 def phase(step: str) -> int:
     return next(number for number, steps in enumerate(PHASES) if step in steps)
 

@@ -20,7 +20,7 @@ from sqlalchemy import URL, create_engine, select, text
 from idemq import Message, migrate, schema
 from idemq.embedded import Embedded
 from idemq.outgoing import IN_DOUBT
-from prove.cases import PROVIDERS, Case
+from prove.cases import PROVIDERS, Case, phase
 from prove.gateway import FAULTS
 
 #: Seconds without any progress until a run is given up.
@@ -156,11 +156,15 @@ def _settled(case: Case) -> Message:
     )
 
 
+def _place(case: Case) -> tuple[object, ...]:
+    return PROVIDERS.index(case.provider), [(phase(step), step) for step in case.steps]
+
+
 def table(outcomes: Sequence[Outcome], title: str) -> Table:
     """Texts that left, by the gateway's log; `?` where a person has to decide."""
     shown = Table("provider", "killed when", *FAULTS, title=title, caption="texts; ? in doubt; ! wrong")
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for outcome in sorted(outcomes, key=lambda each: PROVIDERS.index(each.case.provider)):
+    for outcome in sorted(outcomes, key=lambda each: _place(each.case)):
         case = outcome.case
         row = cells.setdefault((case.provider, ", then ".join(case.steps)), {})
         mark = " ?" if outcome.in_doubt else ""

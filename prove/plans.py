@@ -7,13 +7,17 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from prove.brokers import Broker
-from prove.controls import CONTROLS, ORDER_CONTROLS
+from prove.controls import CONTROLS, EFFECT_CONTROLS, ORDER_CONTROLS, OUTBOX_CONTROLS
+from prove.leaving import Effects, Outbox
 from prove.loop import KillLoop
 from prove.ordered import Ordered
 from prove.outage import Outage
 from prove.poison import Poison
 from prove.replay import Replay
 from prove.stage import Plan, Stage
+
+#: The messages of this run come through a file; on which broker they come makes no difference to it.
+EMBEDDED = "embedded"
 
 
 class Scene(NamedTuple):
@@ -35,6 +39,8 @@ SCENARIOS: dict[str, type[Stage]] = {
     "poison": Poison,
     "replay": Replay,
     "order": Ordered,
+    "outbox": Outbox,
+    "effects": Effects,
     "outage": Outage,
 }
 
@@ -50,6 +56,11 @@ def scenes(brokers: dict[str, Broker], seed: int, *, long: bool) -> Iterator[Sce
         yield Scene(label, "replay", replay)
         for plan in _order(broker, seed, long=long):
             yield Scene(label, "order", plan)
+        for control in ("", *OUTBOX_CONTROLS):
+            kills = 10 if control else 100 if long else 20
+            yield Scene(label, "outbox", Plan(0, seed, kills=kills, control=control))
+    for control in ("", *EFFECT_CONTROLS):
+        yield Scene(EMBEDDED, "effects", Plan(0, seed, control=control))
     # More messages than the scenario has time for: the rest comes at its end.
     down, restarts, messages = (60.0, 3, 12_000) if long else (10.0, 1, 4_000)
     yield Scene("RabbitMQ", "outage", Plan(messages, seed, down=down, restarts=restarts))

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from sqlalchemy import URL, make_url
 
-from prove.cases import AGAIN, FIRST, LOOK_UP, PROVIDERS, Case, every, sample
+from prove.cases import AGAIN, FIRST, LOOK_UP, PROVIDERS, TELLING, every, sample
 from prove.controls import EFFECT_CONTROLS
 from prove.fire import Fire, table
 from prove.gateway import FAULTS
@@ -34,8 +34,7 @@ def test_one_text_each_or_none_and_a_person_is_asked(database_url: URL, tmp_path
 @pytest.mark.hazard("H47")
 @pytest.mark.parametrize("control", EFFECT_CONTROLS)
 def test_a_relay_that_sends_again_what_is_in_doubt_is_noticed(control: str, tmp_path: Path) -> None:
-    cases = [Case("none", "no fault", ("accepted",)), Case("none", "500", ("written",))]
-    fire = Fire(cases, make_url(f"sqlite:///{tmp_path / 'shop.db'}"), tmp_path, control)
+    fire = Fire(TELLING, make_url(f"sqlite:///{tmp_path / 'shop.db'}"), tmp_path, control)
     assert [outcome.texts for outcome in fire.run() if not outcome.right] == [2]
 
 
