@@ -1,7 +1,7 @@
 """The shop whose outbox is under fire. Each process of its relay plans some messages and is then killed.
 
-It is started as `idemq run prove.planned:app --only relay --child` many times, once with `--only counted`, which
-counts what arrives: each message leaves one row in `effects`, which no unique key protects.
+It is started as `idemq run prove.planned:app --only relay --child` many times, once with `--only
+counted`, which counts what arrives: each message leaves one row in `effects`, which no unique key protects.
 PROVE_STEP says where the relay is to be killed: see `prove.relayed.STEPS`.
 """
 
