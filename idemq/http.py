@@ -26,6 +26,7 @@ from idemq import schema as tables
 from idemq.errors import SetupError
 from idemq.http_answers import DRAFT
 from idemq.once import once
+from idemq.scopes import refuse_shared
 
 try:
     from starlette.requests import Request
@@ -94,6 +95,7 @@ class IdempotencyKeys(Generic[S]):
                 "if there is only one, write caller=lambda request: 'everybody'"
             )
         options.check(name, (), {"wait": wait})
+        refuse_shared(engine.sync_engine if isinstance(engine, AsyncEngine) else engine)
         tables.tables(schema)  # refuses a name that is no plain identifier
         self._terms = Terms(caller, name, required, docs, _blocks(engine, wait, schema))
         #: Where in the ASGI scope a request's exchange is.

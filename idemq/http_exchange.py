@@ -26,7 +26,7 @@ from idemq import http_answers as answers
 from idemq.bridge import uninterrupted
 from idemq.drivers import is_contention
 from idemq.errors import Conflict, InFlight, SetupError
-from idemq.message import MAX_ID_BYTES
+from idemq.message import MAX_ID_BYTES, encoded
 from idemq.work import AsyncEngineWork, EngineWork
 
 T = TypeVar("T")
@@ -198,7 +198,7 @@ class Exchange:
         identifier = json.dumps([key or str(uuid4()), outside, caller])
         if len(identifier) > MAX_ID_BYTES:
             identifier = sha256(identifier.encode()).hexdigest()
-        parts = [request.scope["path"].encode(), request.scope["query_string"], self._digest.digest()]
+        parts = [encoded(request.scope["path"]), request.scope["query_string"], self._digest.digest()]
         self._identity = f"{self._terms.name} {consumer}", identifier, b"\n".join(parts)
         await self._open()
 

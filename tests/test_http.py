@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from sqlalchemy import URL, Engine, create_engine, delete
+from sqlalchemy import URL, Engine, StaticPool, create_engine, delete, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -381,6 +381,52 @@ def test_twins_that_wait_take_no_thread_from_the_endpoint_that_they_wait_for(api
     assert api.marks() == ["paid"]
 
 
+@on(("postgres", "fastapi-def"), ("mariadb", "fastapi-async"), ("mariadb", "fastapi-def"))
+@pytest.mark.parametrize("status", [402, 503])
+def test_twins_of_a_request_that_does_nothing_agree(api: Api, status: int) -> None:
+    """The claim that they wait for is undone, and each may be the next to run."""
+
+    async def play() -> list[httpx.Response]:
+        first = asyncio.create_task(api.asked(hold=True, status=status))
+        await asyncio.to_thread(api.gate.inside.wait, 90)
+        others = [api.asked(hold=True, status=status) for _ in range(6)]
+        tasks = [asyncio.create_task(each) for each in others]
+        await asyncio.to_thread(eventually, lambda: api.busy() == 7)
+        api.gate.leave.set()
+        return await asyncio.gather(first, *tasks)
+
+    responses = api.run(play())
+    assert {each.status_code for each in responses} <= {status, 409}  # 409: a deadlock between twins, too
+    assert (api.marks(), api.claims()) == ([], int(status == 402))
+    if status == 402:
+        told = [each for each in responses if each.status_code == 402]
+        assert sum(not replayed(each) for each in told) == 1
+        assert len({each.content for each in told}) == 1
+
+
+@on(("postgres", "fastapi-def"))
+def test_commits_that_wait_for_a_row_take_no_thread_from_the_one_that_holds_it(api: Api) -> None:
+    api.post('"row"', mark="row")
+    with api.watch.connect() as connection:
+        row = connection.scalar(select(effects.c.seq))
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = :name")
+
+    def blocked() -> int:
+        with api.watch.connect() as connection:
+            return int(connection.execute(waiting, {"name": api.watch.url.database}).scalar_one())
+
+    async def play() -> list[httpx.Response]:
+        holder = asyncio.create_task(api.asked('"0"', touch=row, mark="0", hold=True))
+        await asyncio.to_thread(api.gate.inside.wait, 90)
+        others = [api.asked(f'"{number}"', touch=row, mark=str(number), late=True) for number in range(1, 13)]
+        tasks = [asyncio.create_task(each) for each in others]
+        await asyncio.to_thread(eventually, lambda: blocked() >= 8)
+        api.gate.leave.set()
+        return await asyncio.gather(holder, *tasks)
+
+    assert [each.status_code for each in api.run(play())] == [201] * 13
+
+
 class _Server:
     """uvicorn in a thread, for real HTTP."""
 
@@ -599,6 +645,7 @@ def test_wrong_settings_are_refused_where_they_are_made() -> None:
         (engine, {"caller": None}, "caller="),
         (engine, {"caller": later}, "plain function"),
         ("sqlite://", {"caller": str}, "no Engine"),
+        (create_engine("sqlite://", poolclass=StaticPool), {"caller": str}, "StaticPool"),
         (engine, {"caller": str, "wait": 0}, "wait=0"),
         (engine, {"caller": str, "schema": "a b"}, "identifier"),
         (engine, {"caller": str, "name": ""}, "name"),
