@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from prove.loop import KillLoop
@@ -53,4 +54,5 @@ class Ordered(KillLoop):
             if self._chosen.random() < 0.3:
                 time.sleep(12)  # until what it has in hand is parked
         finally:
-            os.kill(victim, signal.SIGCONT)
+            with suppress(ProcessLookupError):  # it had ended already, and was waited for meanwhile
+                os.kill(victim, signal.SIGCONT)
