@@ -100,7 +100,7 @@ def _poison(broker: Broker, seed: int, *, long: bool) -> Plan:
 
 def _order(broker: Broker, seed: int, *, long: bool) -> Iterator[Plan]:
     """64 keys, 5 % fail twice, 1 % are rejected; a broken core on one broker only, which is enough."""
-    messages, freezes, kills = (20_000, 60, 120) if long else (1_000, 2, 3)
+    messages, freezes, kills = (5_000, 20, 40) if long else (1_000, 2, 3)
     kinds = {"failing": messages // 20, "rejected": messages // 100}
     plan = Plan(messages, seed, kills, workers=3, after=(0.0, 0.6), kinds=kinds, keys=64, freezes=freezes)
     yield plan
