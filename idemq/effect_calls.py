@@ -13,11 +13,12 @@ from uuid import uuid4
 
 from sqlalchemy import Connection
 
+from idemq import outgoing
 from idemq.bridge import EventLoop
 from idemq.effect_rows import LOOK, EffectRows
 from idemq.effects import Effect
 from idemq.errors import NotSent, Refused
-from idemq.outgoing import LEASE, Row
+from idemq.outgoing import Row
 from idemq.packing import shown, words
 from idemq.pumps import Database, Pump
 from idemq.retry import pause
@@ -39,7 +40,7 @@ class EffectPump(Pump):
 
     def round(self) -> bool:
         self._running = {seq: thread for seq, thread in self._running.items() if thread.is_alive()}
-        if self._running and time.monotonic() >= self._renewed + LEASE / 4:
+        if self._running and time.monotonic() >= self._renewed + outgoing.LEASE / 4:
             self._renewed = time.monotonic()
             self.database.run(lambda connection: self._effects.renew(connection, list(self._running)))
         free = self._effect.concurrency - len(self._running)

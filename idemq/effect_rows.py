@@ -16,9 +16,10 @@ from typing import Literal
 
 from sqlalchemy import ColumnElement, Connection, func, select
 
+from idemq import outgoing
 from idemq.drivers import begin
 from idemq.ledger import clock
-from idemq.outgoing import EFFECT, FAILED, IN_DOUBT, LEASE, SENDING, WAITING, Outgoing, Row
+from idemq.outgoing import EFFECT, FAILED, IN_DOUBT, SENDING, WAITING, Outgoing, Row
 from idemq.packing import error_text
 
 #: What a process that has picked an effect is to do with it.
@@ -83,7 +84,7 @@ class EffectRows(Outgoing):
             return SEND
         if self._repeats.key_lifetime is not None:
             # The lease is what the call may take to arrive.
-            end = first_sending_at + timedelta(seconds=self._repeats.key_lifetime - LEASE)
+            end = first_sending_at + timedelta(seconds=self._repeats.key_lifetime - outgoing.LEASE)
             return SEND if now < end else None
         return LOOK if state == IN_DOUBT and self._repeats.settle is not None else None
 

@@ -27,12 +27,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 from tenacity import BaseRetrying
 
-from idemq import schema
+from idemq import outgoing, schema
 from idemq.drivers import kind_of
 from idemq.effect_rows import Repeats
 from idemq.errors import SetupError
 from idemq.message import Message
-from idemq.outgoing import EFFECT, LEASE, plan
+from idemq.outgoing import EFFECT, plan
 from idemq.payload import Decoder, decoder_for
 from idemq.retry import Policy, policy
 
@@ -78,10 +78,10 @@ def declare(
     by_key = repeat == "provider-key"
     if repeat is not None and not by_key and not callable(repeat):
         raise SetupError(f"effect {name!r}: repeat= takes 'provider-key', a look-up function, or None")
-    if by_key and not _seconds(key_lifetime, 2 * LEASE):
+    if by_key and not _seconds(key_lifetime, 2 * outgoing.LEASE):
         raise SetupError(
             f"effect {name!r}: repeat='provider-key' needs key_lifetime=, the seconds for which the provider "
-            f"remembers a key, more than {2 * LEASE:.0f}; not {key_lifetime!r}"
+            f"remembers a key, more than {2 * outgoing.LEASE:.0f}; not {key_lifetime!r}"
         )
     if not by_key and key_lifetime is not None:
         raise SetupError(f"effect {name!r}: key_lifetime= says nothing without repeat='provider-key'")

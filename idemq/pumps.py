@@ -19,10 +19,11 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from idemq import outgoing
 from idemq.bridge import EventLoop
 from idemq.broker import Broker, Publisher
 from idemq.drivers import is_contention
-from idemq.outgoing import LEASE, REPLY, Messages, Row
+from idemq.outgoing import REPLY, Messages, Row
 from idemq.packing import shown, words
 from idemq.retry import pause
 
@@ -88,7 +89,7 @@ class Pump(threading.Thread):
         while not self.stopping.is_set():
             self._woken.clear()
             try:
-                if time.monotonic() >= self._reaped + LEASE / 4:
+                if time.monotonic() >= self._reaped + outgoing.LEASE / 4:
                     self.database.run(self._rows.reap)
                     self._reaped = time.monotonic()
                 more = self.round()
@@ -124,7 +125,7 @@ class MessagePump(Pump):
     def round(self) -> bool:
         rows = self.database.run(lambda connection: self._messages.pick(connection, BATCH))
         left = {row.seq: row for row in rows}
-        end = time.monotonic() + LEASE / 2
+        end = time.monotonic() + outgoing.LEASE / 2
         try:
             while left and not self.stopping.is_set() and time.monotonic() < end:
                 batch = _first_of_lanes(left.values())

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import msgspec
 from sqlalchemy import Connection, select
 
-from idemq import effect_calls, effect_rows, effects, outgoing, pumps, schema
+from idemq import effect_rows, outgoing, schema
 from idemq.drivers import begin
 from idemq.effect_calls import EffectPump
 from idemq.effect_rows import EffectRows
@@ -32,8 +32,8 @@ LEASE = 1.5
 
 
 def shorten_leases() -> None:
-    for module in (effect_calls, effect_rows, effects, outgoing, pumps):
-        module.LEASE = LEASE  # type: ignore[attr-defined]  # a minute would be too long to wait for
+    """A minute would be too long to wait for."""
+    outgoing.LEASE = LEASE
 
 
 class Steps:
