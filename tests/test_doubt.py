@@ -10,17 +10,20 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import Connection, Engine, select, text, update
 
-from idemq import doubt, schema
+from idemq import doubt, migrate, schema
 from idemq.doubt import Decision
 from idemq.effect_rows import LOOK, SEND, EffectRows, Repeats
 from idemq.effects import Effects, declare
 from idemq.errors import NotSent, Refused, SetupError
 from idemq.outbox import Outbox
 from idemq.outgoing import IN_DOUBT, Row
+from idemq.status import leaving
 from tests.core_tools import Shop, on
+from tests.servers import eventually
 from tests.test_outgoing import QUEUE, TABLE, A, B, begun, plan, rows, send_sms
+from tests.test_relay import Provider, plan_sms, scene_of
 
 AUDIT = schema.table("idemq_audit")
 BY_LOOK_UP = Repeats(settle=0.0)
@@ -306,6 +309,42 @@ def test_every_name_and_reason_can_be_recorded(engine: Engine) -> None:
     assert (who, why) == ("änn", "? \U0001f4a9")
     assert reason.startswith("\\xdcberweisung")
     assert len(reason) <= 40
+
+
+@on(("postgres", "psycopg"), own=True)
+def test_the_tables_may_be_in_a_schema_of_their_own(engine: Engine) -> None:
+    other = "audited"
+    with begun(engine) as connection:
+        connection.execute(text(f"CREATE SCHEMA {other}"))
+        migrate.upgrade(connection, other)
+        key = Effects(connection, schema=other).plan(send_sms, {"to": "1"})
+        table = schema.table("idemq_outgoing", other)
+        connection.execute(update(table).values(state=IN_DOUBT, not_before=None))
+    with begun(engine) as connection:
+        assert doubt.in_doubt(connection) == []
+        (found,) = doubt.in_doubt(connection, schema=other)
+        assert [each.key for each in doubt.find(connection, str(key), schema=other)] == [found.key] == [key]
+        assert [each.in_doubt for each in leaving(connection, schema=other)] == [1]
+        assert not doubt.resolve(connection, key, "done", by="ann", why="x")
+        assert doubt.resolve(connection, key, "done", by="ann", why="x", schema=other)
+        assert doubt.effect(connection, key, schema=other) is None
+        assert len(doubt.history(connection, key, schema=other)) == 1
+        assert leaving(connection, schema=other, effects=["sms"])[0].declared
+
+
+@on(("sqlite", "pysqlite"), ("sqlite", "aiosqlite"), ("postgres", "psycopg"), ("mariadb", "pymysql"))
+@pytest.mark.hazard("H47")
+def test_what_a_person_sends_again_is_sent_by_the_relay_under_its_key(shop: Shop) -> None:
+    provider = Provider(TimeoutError("no answer"), None)
+    with scene_of(shop) as scene:
+        key = UUID(plan_sms(scene, provider))
+        with scene.relaying():
+            eventually(lambda: [row.state for row in scene.rows()] == [IN_DOUBT])
+            assert len(provider.calls) == 1
+            assert resolve(scene.engine, key, "resend", state="in doubt", attempts=1)
+            eventually(lambda: scene.rows() == [])
+        assert not resolve(scene.engine, key, "resend")
+    assert provider.calls == [({"to": "1"}, str(key))] * 2
 
 
 # --- races ----------------------------------------------------------------------------------------------
