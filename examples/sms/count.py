@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway import FAULTS
 from sqlalchemy import NullPool, create_engine, text
 
 
@@ -18,8 +19,8 @@ class Counts:
     payments: int
     messages: int
     receipts: int
-    missing: int
     texts: int
+    troubled: int
     asked_again: int
     lost: int
     double: int
@@ -32,21 +33,22 @@ def gateway_log(kind: str) -> Iterator[str]:
             yield payment
 
 
-def table() -> Iterator[str]:
+def select(query: str) -> Iterator[str]:
+    """The first column of what is found in the shop's database."""
     engine = create_engine(os.environ.get("DATABASE_URL", "sqlite:///shop.db"), poolclass=NullPool)
     with engine.connect() as connection:
-        yield from connection.execute(text("SELECT payment FROM receipts")).scalars()
+        yield from connection.execute(text(query)).scalars()
 
 
 def counts() -> Counts:
     published = Counter(Path("published.txt").read_text().split())
-    receipts, texts = Counter(table()), Counter(gateway_log("sent"))
+    receipts, texts = Counter(select("SELECT payment FROM receipts")), Counter(gateway_log("sent"))
     return Counts(
         payments=len(published),
         messages=published.total(),
         receipts=sum(receipts[payment] for payment in published),
-        missing=sum(not receipts[payment] for payment in published),
         texts=sum(texts[payment] for payment in published),
+        troubled=sum(payment in published for fault in FAULTS for payment in gateway_log(fault)),
         asked_again=sum(payment in published for payment in gateway_log("again")),
         lost=sum(not (receipts[payment] and texts[payment]) for payment in published),
         double=sum(receipts[payment] > 1 or texts[payment] > 1 for payment in published),
@@ -58,6 +60,7 @@ def main() -> None:
     print(f"payments      {found.payments:5}   in {found.messages} messages (published.txt)")
     print(f"receipts      {found.receipts:5}   the shop's table")
     print(f"texts         {found.texts:5}   the gateway's log")
+    print(f"troubled      {found.troubled:5}   the gateway's log: refused, dropped, hung, slow or a 500")
     print(f"asked again   {found.asked_again:5}   the gateway's log: the same key, no second text")
     print(f"lost          {found.lost:5}   payments without a receipt or without a text")
     print(f"double        {found.double:5}   payments with two receipts or two texts")

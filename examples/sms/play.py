@@ -17,7 +17,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from brokers import broker
-from count import counts, table
+from count import counts, select
 from sqlalchemy import NullPool, create_engine, make_url, text
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +31,8 @@ def main() -> None:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="idemq-sms-"))
         os.chdir(directory)
         name = f"sms-{uuid4().hex[:8]}"
-        os.environ |= {"PYTHONPATH": str(HERE), "PAYMENTS": name}
+        path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ |= {"PYTHONPATH": path, "PAYMENTS": name}
         if url := os.environ.get("DATABASE_URL"):
             os.environ["DATABASE_URL"] = stack.enter_context(own_database(url, name.replace("-", "_")))
         os.environ["GATEWAY"] = stack.enter_context(gateway())
@@ -48,7 +49,7 @@ def play(payments: int) -> int:
         while not kill_at_work(workers[0], payments):
             pass
         while True:
-            wait(lambda: not (missing() or messages.left()), "every message is done")
+            wait(lambda: not (missing() or messages.left() or planned()), "every text has left")
             for worker in workers:
                 worker.stop()
             if not messages.left():  # now also without what a worker held
@@ -70,8 +71,8 @@ def kill_at_work(worker: "Worker", payments: int) -> bool:
     with subprocess.Popen([sys.executable, HERE / "send.py", str(payments)]):
         wait(lambda: texts() >= before + payments // 3, "a third of the texts have left")
         killed = worker.kill()
-        left = before + payments - receipts()
-    print(f"worker process {killed} was killed with {left} of {payments} receipts still to be written")
+        left = before + payments - texts()
+    print(f"worker process {killed} was killed with {left} of {payments} texts still to leave")
     wait(lambda: worker.children()[-1] != killed, "the killed process is replaced")
     return left > 0
 
@@ -82,7 +83,9 @@ class Worker:
     def __init__(self, number: int) -> None:
         self._log = Path(f"worker-{number}.log")
         with self._log.open("a") as log:
-            self._process = subprocess.Popen([sys.executable, "-m", "idemq", "run", "shop:app"], stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "idemq", "run", "hurried:app"], stderr=log
+            )
 
     def children(self) -> list[int]:
         """The process ids of its worker processes, as it logs them."""
@@ -114,12 +117,14 @@ def texts() -> int:
     return Path("gateway.log").read_text().count("sent ")
 
 
-def receipts() -> int:
-    return len(list(table()))
-
-
 def missing() -> int:
-    return counts().missing
+    """Payments without a receipt, or without a text."""
+    return counts().lost
+
+
+def planned() -> int:
+    """Texts that are to be sent, or asked for again."""
+    return len(list(select("SELECT kind FROM idemq_outgoing")))
 
 
 def wait(condition: Callable[[], object], what: str) -> None:
