@@ -16,6 +16,7 @@ from sqlalchemy import delete, select, update
 
 from idemq import doubt, schema
 from idemq.cli import doubt as commands
+from idemq.cli import tables
 from idemq.drivers import begin
 from idemq.effects import Effects, declare
 from idemq.message import Message
@@ -110,6 +111,18 @@ def test_the_list_says_what_is_in_doubt_or_failed_and_who_looks_at_it(shop: Shop
     assert lines[2].split()[0] == str(looked)
     assert re.search(r" in \dm ", lines[2])
     assert len(lines) == 3
+
+
+@SQLITE
+def test_in_a_narrow_terminal_the_error_gives_way_and_the_id_stays_whole(
+    shop: Shop, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [doubtful(shop, error="TimeoutError: " + "no answer " * 30) for _ in range(2)]
+    for width, words in ((100, ["sms", "in doubt", "by a person", "Timeout"]), (60, [])):
+        monkeypatch.setattr(tables, "WIDTH", width)
+        _, *lines = cli("doubt list")[1].splitlines()
+        assert [line.split()[0] for line in lines] == [str(key) for key in keys]
+        assert [word for word in words if word not in lines[0]] == []
 
 
 @EVERYWHERE

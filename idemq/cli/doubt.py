@@ -162,12 +162,12 @@ def _state(effect: doubt.Doubt) -> str:
 
 def _print_list(found: Sequence[doubt.Doubt], now: datetime) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("id", no_wrap=True)  # whole: keys that were made at the same moment begin alike
+    table.add_column("id", no_wrap=True, min_width=36)  # whole: keys of one moment begin alike
     for heading in ("effect", "state"):
         table.add_column(heading, no_wrap=True, max_width=40)
     for heading in ("attempts", "age", "looked at"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("error", overflow="ellipsis", no_wrap=True)
+    table.add_column("error")
     rows = []
     for each in found:
         due = "by a person" if each.due is None else until(now, each.due)

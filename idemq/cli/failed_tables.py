@@ -38,7 +38,7 @@ def print_letters(letters: Sequence[Letter], now: datetime) -> None:
     table.add_column("reason", no_wrap=True)
     for heading in ("attempts", "crashes" if waiting else "copies", "age", *(["due"] if waiting else [])):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("error", overflow="ellipsis", no_wrap=True)
+    table.add_column("error")
     rows = []
     for each in letters:
         cells = [str(each.pk)[:DIGITS], one_line(each.consumer), one_line(each.id or "-"), each.reason]

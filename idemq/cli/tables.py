@@ -29,8 +29,10 @@ def console() -> Console:
 
 
 def print_table(table: Table, rows: Iterable[Sequence[str]]) -> None:
+    """In a narrow terminal, columns without `no_wrap` are cut first; what is not to be folded is cut."""
     for cells in rows:
-        table.add_row(*(Text(cell) for cell in cells))
+        pairs = zip(cells, table.columns, strict=True)
+        table.add_row(*(Text(cell, no_wrap=column.overflow != "fold") for cell, column in pairs))
     console().print(table)
 
 
