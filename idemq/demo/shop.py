@@ -3,15 +3,16 @@
 It is run as `idemq run shop:app --processes 4`. Nothing in it knows of repeats, kills or transactions.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from urllib.request import Request, urlopen
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from idemq import App
+from idemq import App, Effects
 from idemq.embedded import Embedded
 
-GATEWAY = "http://127.0.0.1:{port}/texts"
+GATEWAY = "http://127.0.0.1:{port}"
 
 broker = Embedded("broker.db")
 app = App("sqlite:///shop.db")
@@ -33,12 +34,24 @@ class PaymentSettled:
     phone: str
 
 
-@app.consumer("receipts", broker.queue("payments.settled"))
-def receipt(event: PaymentSettled, session: Session) -> None:
-    session.add(Receipt(payment=event.payment))
-    session.flush()
-    # The gateway is outside the transaction. Should this process die between its answer and the commit,
-    # the redelivery asks again with the same key, and the gateway answers without a second text.
-    request = Request(GATEWAY, event.phone.encode(), {"Idempotency-Key": event.payment}, method="POST")
-    with urlopen(request, timeout=10):
+# This provider does nothing twice under one key, for a day.
+@app.effect("text", repeat="provider-key", key_lifetime=24 * 3600)
+def text(event: PaymentSettled, key: str) -> None:
+    post("/texts", event, {"Idempotency-Key": key})
+
+
+# This one knows no keys, and tells nobody what it has sent.
+@app.effect("text-abroad")
+def text_abroad(event: PaymentSettled, key: str) -> None:
+    post("/abroad", event, {})
+
+
+def post(path: str, event: PaymentSettled, headers: dict[str, str]) -> None:
+    with urlopen(Request(GATEWAY + path, json.dumps(asdict(event)).encode(), headers), timeout=10):
         pass
+
+
+@app.consumer("receipts", broker.queue("payments.settled"))
+def receipt(event: PaymentSettled, session: Session, effects: Effects) -> None:
+    session.add(Receipt(payment=event.payment))
+    effects.plan(text if event.phone.startswith("+49") else text_abroad, event)
