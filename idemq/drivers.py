@@ -246,6 +246,14 @@ def undo_before_close(engine: Engine) -> None:
                 pass  # it is closed already
 
 
+def in_autocommit(target: Engine | Connection) -> bool:
+    """Its isolation level says that every statement commits by itself."""
+    level = target.get_execution_options().get("isolation_level") or getattr(
+        target.dialect, "_on_connect_isolation_level", None
+    )
+    return str(level).upper() == "AUTOCOMMIT"
+
+
 def refuse_autocommit(connection: Connection) -> None:
     """Raise `SetupError` when the driver commits every statement by itself, or never commits when told to."""
     raw: Any = connection.connection.driver_connection

@@ -39,10 +39,7 @@ def refuse_unsafe(engine: Engine | AsyncEngine) -> None:
     if drivers.url_for(url, asynchronous=asynchronous).drivername != url.drivername:
         right = "create_async_engine" if not asynchronous else "create_engine"
         raise SetupError(f"the driver of {url.drivername} needs an engine by {right}")
-    level = sync.get_execution_options().get("isolation_level") or getattr(
-        sync.dialect, "_on_connect_isolation_level", None
-    )
-    if str(level).upper() == "AUTOCOMMIT":
+    if drivers.in_autocommit(sync):
         raise SetupError(
             "the engine's isolation level is AUTOCOMMIT: claim and work would not commit together; "
             "give idemq an engine without it"

@@ -13,7 +13,7 @@ from sqlalchemy.engine import RootTransaction
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from idemq.drivers import is_lock_timeout, kind_of, refuse_autocommit, status_reader
+from idemq.drivers import in_autocommit, is_lock_timeout, kind_of, refuse_autocommit, status_reader
 from idemq.errors import BrokeTransaction, InFlight, SetupError
 
 #: SQLite has one writer at a time, and does not say what it works on.
@@ -198,10 +198,7 @@ def begin(connection: Connection) -> None:
 
 
 def _refuse_autocommit(connection: Connection) -> None:
-    level = connection.get_execution_options().get("isolation_level") or getattr(
-        connection.dialect, "_on_connect_isolation_level", None
-    )
-    if str(level).upper() == "AUTOCOMMIT":
+    if in_autocommit(connection):
         raise SetupError(
             "the connection's isolation level is AUTOCOMMIT: claim and work would not commit together; "
             "use one without it"

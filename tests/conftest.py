@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
 
+from idemq.rabbitmq import RabbitMQ
 from tests import core_tools, servers
+from tests.rabbitmq_tools import Proxy, Server
 
 _missing: set[str] = set()
 
@@ -37,6 +40,36 @@ def _server(name: str, running: tuple[ExitStack, dict[str, str]]) -> str:
 def rabbitmq_url(_running: tuple[ExitStack, dict[str, str]]) -> str:
     """A running RabbitMQ. Use queue names of your own: see `unique`."""
     return _server("rabbitmq", _running)
+
+
+@pytest.fixture
+def server(rabbitmq_url: str) -> Iterator[Server]:
+    """Speaks plain AMQP to RabbitMQ."""
+    server = Server(rabbitmq_url)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def rabbit(rabbitmq_url: str) -> RabbitMQ:
+    return RabbitMQ(rabbitmq_url)
+
+
+@pytest.fixture
+def queue(server: Server, unique: str) -> Iterator[str]:
+    """A durable classic queue of the test's own."""
+    server.declare(unique)
+    yield unique
+    server.delete(unique)
+
+
+@pytest.fixture
+def proxy(rabbitmq_url: str) -> Iterator[Proxy]:
+    """A way to RabbitMQ that can be cut."""
+    parts = urlsplit(rabbitmq_url)
+    proxy = Proxy((parts.hostname or "localhost", parts.port or 5672))
+    yield proxy
+    proxy.close()
 
 
 @pytest.fixture

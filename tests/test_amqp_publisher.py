@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import amqp
 import pytest
@@ -24,38 +23,10 @@ SECONDS = 60.0
 
 
 @pytest.fixture
-def server(rabbitmq_url: str) -> Iterator[Server]:
-    server = Server(rabbitmq_url)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def rabbit(rabbitmq_url: str) -> RabbitMQ:
-    return RabbitMQ(rabbitmq_url)
-
-
-@pytest.fixture
 def publisher(rabbit: RabbitMQ) -> Iterator[AmqpPublisher]:
     publisher = rabbit.publisher()
     yield publisher
     publisher.close()
-
-
-@pytest.fixture
-def queue(server: Server, unique: str) -> Iterator[str]:
-    """A durable classic queue of the test's own."""
-    server.declare(unique)
-    yield unique
-    server.delete(unique)
-
-
-@pytest.fixture
-def proxy(rabbitmq_url: str) -> Iterator[Proxy]:
-    parts = urlsplit(rabbitmq_url)
-    proxy = Proxy((parts.hostname or "localhost", parts.port or 5672))
-    yield proxy
-    proxy.close()
 
 
 @pytest.fixture

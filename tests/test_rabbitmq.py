@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,34 +28,6 @@ from idemq.errors import BrokerUnavailable, SetupError
 from idemq.rabbitmq import RabbitMQ
 from tests.rabbitmq_tools import Collector, Proxy, Server, consuming
 from tests.servers import eventually
-
-
-@pytest.fixture
-def server(rabbitmq_url: str) -> Iterator[Server]:
-    server = Server(rabbitmq_url)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def rabbit(rabbitmq_url: str) -> RabbitMQ:
-    return RabbitMQ(rabbitmq_url)
-
-
-@pytest.fixture
-def queue(server: Server, unique: str) -> Iterator[str]:
-    """A durable classic queue of the test's own."""
-    server.declare(unique)
-    yield unique
-    server.delete(unique)
-
-
-@pytest.fixture
-def proxy(rabbitmq_url: str) -> Iterator[Proxy]:
-    parts = urlsplit(rabbitmq_url)
-    proxy = Proxy((parts.hostname or "localhost", parts.port or 5672))
-    yield proxy
-    proxy.close()
 
 
 def through(proxy: Proxy, rabbitmq_url: str, **options: Any) -> RabbitMQ:

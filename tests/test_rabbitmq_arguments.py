@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,6 @@ from idemq.amqp_risks import risks
 from idemq.cli.run import prepare
 from idemq.rabbitmq import RabbitMQ
 from tests.rabbitmq_tools import Server
-
-
-@pytest.fixture
-def server(rabbitmq_url: str) -> Iterator[Server]:
-    server = Server(rabbitmq_url)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def rabbit(rabbitmq_url: str) -> RabbitMQ:
-    return RabbitMQ(rabbitmq_url)
 
 
 def test_only_a_queue_with_a_single_active_consumer_delivers_in_order(
