@@ -80,8 +80,6 @@ class Consumer:
             bad = error if isinstance(error, BadMessage) else BadMessage(f"{type(error).__name__}: {error}")
             job = Job(message, None, None, bad=BadMessage(message.unreadable) if message.unreadable else bad)
         job.lane = lane
-        if job.bad is not None:
-            job.outcome = Outcome(getattr(job.bad, "reason", "unreadable"), job.bad)
         return job
 
     def lane(self, message: Message) -> bytes:
@@ -94,7 +92,7 @@ class Consumer:
     def suspect(self, message: Message) -> Job:
         """The job of a message that may have ended the process that had it: it is parked, and not decoded."""
         job = self.job(message)
-        if self.parks and job.outcome is None and size(message) <= self.max_kept:
+        if self.parks and job.bad is None and size(message) <= self.max_kept:
             job.outcome, job.suspect = Outcome(failures.SUSPECT, None, 0.0), True
         return job
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Table, delete, insert, select, update
 
 from idemq import schema
 from idemq.drivers import too_small_packet
-from idemq.errors import BrokeTransaction, IdemqError
+from idemq.errors import BadMessage, BrokeTransaction, IdemqError
 from idemq.ledger import Ledger, clock
 from idemq.message import Ack, Dead, Message, Parked, Verdict
 from idemq.packing import error_text, kept, packed, properties_of
@@ -83,7 +83,7 @@ class Job:
     key: bytes | None
     fingerprint: int | None
     #: Why it cannot be judged, else None.
-    bad: Exception | None = None
+    bad: BadMessage | None = None
     #: It may have ended the process that had it before.
     suspect: bool = False
     #: To be written down by the next transaction instead of an attempt.
@@ -103,6 +103,10 @@ class Job:
     #: When the handler must be done, and when the first attempt began, on the monotonic clock.
     deadline: float | None = None
     began: float = field(default_factory=monotonic)
+
+    def burial(self) -> Outcome | None:
+        """What is to be written down of a message that cannot be judged."""
+        return Outcome(self.bad.reason, self.bad) if self.bad is not None else None
 
 
 def put(

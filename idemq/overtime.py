@@ -23,6 +23,8 @@ class Timed:
         self._running: set[Item] = set()
 
     def begin(self, item: Item) -> None:
+        if item.job is not None:
+            item.job.deadline = None  # that of an earlier attempt; this one's begins with its handler
         with self._lock:
             self._running.add(item)
 

@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, func, select, upda
 
 from idemq import schema
 from idemq.drivers import begin
-from idemq.errors import Crashed
+from idemq.errors import BadMessage, Crashed
 from idemq.failures import DEAD, WAITING, Job, Judge, Outcome, Row
 from idemq.ledger import Ledger, clock
 from idemq.message import key_of
@@ -216,6 +216,8 @@ class Parking:
             job = Job(message, key_of(message.id), row["fingerprint"])
         else:  # it had no usable id when it was buried; the consumer's rule may have been mended
             job = self._judge(message)
+        if message.unreadable is not None:  # what is kept may be incomplete, however often it is retried
+            job.bad = BadMessage(message.unreadable)
         job.lane = row["lane"]
         job.row = Row(row["pk"], row["owner"], row["owns_claim"], row["seq"])
         job.failures = row["attempts"]

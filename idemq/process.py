@@ -91,6 +91,7 @@ class Unit:
         Raises database errors; nothing is settled then, and the unit is spoiled.
         """
         self._guard.hold()
+        job.outcome = job.outcome or job.burial()  # again, when it could not be parked beside its twin
         if job.outcome is not None and job.outcome.reason != SUSPECT:
             return self.put(job)
         assert job.key is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from idemq import App, Message, SetupError
+from idemq import App, Message, SetupError, letters
 from idemq.embedded import Embedded
-from idemq.failures import RELEASED, Outcome
+from idemq.failures import RELEASED, Job, Outcome
 from idemq.lanes import Item, Kept, Suspicion
-from idemq.message import Ack, Release
+from idemq.message import Ack, Dead, Parked, Release
 from idemq.outage import Outage
+from idemq.overtime import Timed
 from tests.core_tools import OWNER, PROCESSED, Shop, message, on, write
 
 LATER = Retrying(wait=wait_fixed(60), stop=stop_after_attempt(9))
@@ -125,3 +127,44 @@ def test_a_backlog_that_is_delivered_again_as_a_whole_is_not_suspect_as_a_whole(
     assert parked == most
     assert not suspicion.of(message(origin=origin))
     assert suspicion.of(again)  # a later crash
+
+
+@pytest.mark.hazard("H25")
+@on(("sqlite", "pysqlite"), ("postgres", "asyncpg"), ("mariadb", "pymysql"))
+def test_what_the_client_library_could_not_read_never_reaches_a_handler(shop: Shop) -> None:
+    attempts = shop.attempts()
+    given = message(unreadable="a header name is not UTF-8")
+    assert attempts(given) == Dead("unreadable")
+    (before,) = shop.dead()
+    with shop.engine.begin() as connection:
+        assert letters.retry(connection, by="me") == 1
+    assert attempts.again() == [Dead("unreadable")]
+    (after,) = shop.dead()
+    assert (after.pk, after.owns_claim, after.body) == (before.pk, True, before.body)
+
+    kept = attempts.consumer.job(message("2", unreadable="a header name is not UTF-8"))
+    kept.outcome = Outcome(RELEASED, None, 0.0)  # its twin was in flight for too long
+    assert attempts(kept) == Parked("released", 0.0)
+    assert attempts.again() == [Dead("unreadable")]
+    assert shop.effects() == []
+
+
+@pytest.mark.hazard("H25")
+@on(("sqlite", "pysqlite"))
+def test_what_is_too_large_to_be_kept_beside_its_twin_is_judged_as_before(shop: Shop) -> None:
+    attempts = shop.attempts(max_kept=1024)
+    for id in ("1", None):
+        job = attempts.consumer.job(message(id, b"x" * 2000, unreadable="a header name is not UTF-8"))
+        job.outcome = Outcome(RELEASED, None, 0.0)
+        verdicts = [attempts(job), attempts(job)]
+        assert [isinstance(each, Release) and each.stop for each in verdicts] == [False, True]
+    assert (shop.effects(), shop.claims()) == ([], 0)
+
+
+@pytest.mark.hazard("H41")
+def test_the_deadline_of_an_earlier_attempt_does_not_end_the_process() -> None:
+    timed, item = Timed("shop"), Item(Kept(message()), Job(message(), b"key", None))
+    assert item.job is not None
+    item.job.deadline = time.monotonic() - 60.0  # it rested for a minute, while the database was away
+    timed.begin(item)
+    assert timed.late() is None
