@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -46,9 +47,11 @@ class EffectPump(Pump):
         free = self._effect.concurrency - len(self._running)
         if not free:
             return False
+        # The lease is for the way to the call, and for the call's way to the provider.
+        until = time.monotonic() + outgoing.LEASE / 2
         picked = self.database.run(lambda connection: self._effects.pick(connection, free))
         for row, step in picked:
-            call = self._look_up if step == LOOK else self._send
+            call = self._look_up if step == LOOK else partial(self._send, until=until)
             thread = threading.Thread(target=self._attempt, args=(call, row), name=self.name, daemon=True)
             self._running[row.seq] = thread
             thread.start()
@@ -59,14 +62,20 @@ class EffectPump(Pump):
             payload = self._effect.decoder(row.message.body or b"")
         except Exception as error:
             wrong = error
-            self._write(lambda connection: self._effects.refused(connection, row, wrong))
+            self._write(lambda connection: self._effects.not_sent(connection, row, wrong, None))
         else:
             self._write(call(row, payload))
         self.wake()
 
-    def _send(self, row: Row, payload: Any) -> Callable[[Connection], bool]:
-        """Call the function; how to write down what came of it."""
+    def _send(self, row: Row, payload: Any, until: float) -> Callable[[Connection], bool]:
+        """Call the function; how to write down what came of it.
+
+        Not after the moment `until`: this process was frozen, and another one may be sending it.
+        """
         effects, name = self._effects, self.title
+        if time.monotonic() >= until:
+            late = NotSent("this process was frozen before the call")
+            return lambda connection: effects.not_sent(connection, row, late, 0.0)
         try:
             self._called(self._effect.function, payload, row.key)
         except NotSent as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,31 +96,56 @@ class Fire:
             finally:
                 process.kill()
 
+    def freeze(self, step: str) -> list[Outcome]:
+        """Freeze a worker at a step until another one has done all that it can; what became of each case."""
+        self._prepare()
+        try:
+            with self._gateway(), self._worker(freeze=step) as frozen:
+                self._wait(lambda: _stopped(frozen), frozen)
+                with self._worker() as other:
+                    self._wait(self._over, other)
+                frozen.send_signal(signal.SIGCONT)
+            return self._judge()
+        finally:
+            self._engine.dispose()
+
     def _play(self) -> None:
         """Start the worker again whenever it has died, until nothing is left to do."""
+        while not self._over():
+            with self._worker() as worker:
+                self._wait(lambda: worker.poll() is not None or self._over(), worker)
+            self.kills += worker.returncode == -signal.SIGKILL
+
+    @contextmanager
+    def _worker(self, freeze: str = "") -> Iterator[subprocess.Popen[bytes]]:
+        """A worker process, which is stopped in order at the end."""
         given = {"DIRECTORY": str(self._directory), "DATABASE": self._url, "CONTROL": self._control}
-        environment = os.environ | {f"PROVE_{name}": value for name, value in given.items()}
+        given["FREEZE"] = freeze
         command = [sys.executable, "-m", "idemq", "run", "prove.texts:app", "--child"]
-        last, changed = (-1, ""), time.monotonic()
+        environment = os.environ | {f"PROVE_{name}": value for name, value in given.items()}
         with (self._directory / "worker.log").open("ab") as log:
-            while not self._over():
-                worker = subprocess.Popen(
-                    command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
-                )
-                try:
-                    while worker.poll() is None and not self._over():
-                        state = self.kills, (self._directory / "gateway.log").read_text()
-                        if state != last:
-                            last, changed = state, time.monotonic()
-                        if time.monotonic() - changed > PATIENCE:
-                            raise RuntimeError(f"nothing moves: see {self._directory}/worker.log, kills.log")
-                        time.sleep(0.05)
-                finally:
-                    if worker.poll() is None:
-                        worker.terminate()
-                    self.kills += worker.wait(60) == -9
-                    if worker.stdin is not None:
-                        worker.stdin.close()
+            worker = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+        assert worker.stdin is not None
+        try:
+            yield worker
+            if worker.poll() is None:
+                worker.terminate()
+            worker.wait(60)
+        finally:
+            worker.kill()
+            worker.wait()
+            worker.stdin.close()
+
+    def _wait(self, condition: Callable[[], bool], worker: subprocess.Popen[bytes]) -> None:
+        last, changed = "", time.monotonic()
+        while not condition():
+            if (state := (self._directory / "gateway.log").read_text()) != last:
+                last, changed = state, time.monotonic()
+            if time.monotonic() - changed > PATIENCE or worker.returncode is not None:
+                raise RuntimeError(f"nothing moves: see {self._directory}/worker.log, kills.log")
+            time.sleep(0.05)
 
     def _over(self) -> bool:
         """Every kill was done, and nothing is left that moves by itself."""
@@ -148,6 +174,10 @@ class Fire:
             count, steps = texts[case.payment], killed[case.payment]
             outcomes.append(Outcome(case, count, state == IN_DOUBT, steps, stuck))
         return outcomes
+
+
+def _stopped(process: subprocess.Popen[bytes]) -> bool:
+    return ") T " in Path(f"/proc/{process.pid}/stat").read_text()
 
 
 def _settled(case: Case) -> Message:

@@ -28,7 +28,7 @@ from prove.cases import PHASES, Case, phase
 TABLE = schema.table("idemq_outgoing")
 
 #: In seconds: what a dead process was sending is in doubt after it.
-LEASE = 1.5
+LEASE = 2.0
 
 
 def shorten_leases() -> None:
@@ -39,8 +39,12 @@ def shorten_leases() -> None:
 class Steps:
     """The steps at which this process is to be killed, and who stands at one."""
 
-    def __init__(self, cases: Sequence[Case], log: Path, planned: Callable[[], bool]) -> None:
+    def __init__(
+        self, cases: Sequence[Case], log: Path, planned: Callable[[], bool], freeze: str = ""
+    ) -> None:
         self._log, self._planned = log, planned
+        #: The step at which this process freezes instead, once.
+        self._freeze = freeze
         log.touch()
         killed = {tuple(line.split()) for line in log.read_text().splitlines()}
         self._next = {
@@ -77,11 +81,16 @@ class Steps:
 
     def at(self, step: str) -> None:
         """The case that this thread works on has reached a step: it stays there if it is to be killed."""
-        payment, name = self._current.payment, self._current.prefix + step
-        if self._next[payment] != name:
+        payment = self._current.payment
+        reached = (step, f"again {step}") if self._current.again else (step,)
+        if self._freeze in reached:
+            self._freeze = ""
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # to this thread: it stops just here
+        wanted = self._next[payment]
+        if wanted is None or wanted not in reached:
             return
         with self._lock:
-            self._standing[payment] = name
+            self._standing[payment] = wanted
         threading.Event().wait()
 
     def kill(self, victims: dict[str, str]) -> NoReturn:
@@ -104,16 +113,15 @@ def _wrap_calls(steps: Steps, current: threading.local) -> None:
     send, look_up, write = EffectPump._send, EffectPump._look_up, EffectPump._write
     Writing = Callable[[Connection], bool]
 
-    def _send(self: EffectPump, row: Row, payload: Any) -> Writing:
-        current.payment, current.last = payload.payment, "written"
-        current.prefix = "again " if row.attempts > 1 else ""
+    def _send(self: EffectPump, row: Row, payload: Any, until: float) -> Writing:
+        current.payment, current.last, current.again = payload.payment, "written", row.attempts > 1
         steps.at("picked")
-        writing = send(self, row, payload)
+        writing = send(self, row, payload, until)
         steps.at("answered")
         return writing
 
     def _look_up(self: EffectPump, row: Row, payload: Any) -> Writing:
-        current.payment, current.last, current.prefix = payload.payment, "recorded", ""
+        current.payment, current.last, current.again = payload.payment, "recorded", False
         steps.at("asking")
         writing = look_up(self, row, payload)
         steps.at("told")

@@ -40,7 +40,7 @@ def planned() -> bool:
     return done == len(cases) and broker.depth(QUEUE) == (0, 0)
 
 
-steps = Steps(cases, DIRECTORY / "kills.log", planned)
+steps = Steps(cases, DIRECTORY / "kills.log", planned, os.environ.get("PROVE_FREEZE", ""))
 
 
 @dataclass

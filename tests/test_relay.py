@@ -383,6 +383,25 @@ def test_a_payload_that_no_longer_fits_its_effect_is_not_sent(shop: Shop) -> Non
     assert provider.calls == []
 
 
+@pytest.mark.hazard("H47")
+@core_tools.on(("sqlite", "pysqlite"))
+def test_a_payload_that_no_longer_fits_says_nothing_of_a_call_whose_outcome_nobody_knows(shop: Shop) -> None:
+    """It may have got through, so it is in doubt and not failed."""
+    provider = Provider(*[RuntimeError("no answer")] * 100)
+    by_key: dict[str, Any] = {"repeat": "provider-key", "key_lifetime": 3600}
+    with scene_of(shop) as scene, scene_of(shop) as newer:
+        plan_sms(scene, provider, **by_key)
+        with scene.relaying():
+            eventually(lambda: provider.calls)
+
+        @newer.app.effect("sms", **by_key)
+        def send(payload: Newer, key: str) -> None: ...
+
+        with newer.relaying():
+            eventually(lambda: "country" in newer.rows()[0].error)
+        assert [(row.state, row.not_before) for row in newer.rows()] == [(IN_DOUBT, None)]
+
+
 def _takes_one(payload: dict[str, str]) -> None: ...
 def _says_nothing(payload, key):  # type: ignore[no-untyped-def]  # that is what is wrong with it
     ...
