@@ -129,7 +129,7 @@ def chosen(
     since = table.c.last_at if state == DEAD else table.c.first_at
     conditions = [table.c.state == state, *more]
     if (consumer := which.get("consumer")) is not None:
-        conditions.append(table.c.consumer == _number(connection, consumer, schema))
+        conditions.append(table.c.consumer == names.wanted(connection, consumer, schema))
     if (reason := which.get("reason")) is not None:
         conditions.append(table.c.reason == reason)
     older, newer = which.get("older_than"), which.get("newer_than")
@@ -186,13 +186,6 @@ def _letter(row: Row[Any], named: Callable[[int], str], message: Message | None 
         last_at=row.last_at,
         message=message,
     )
-
-
-def _number(connection: Connection, consumer: str, schema: str | None) -> int:
-    number = names.find(connection, consumer, schema)
-    if number is None:
-        raise SetupError(f"no consumer named {consumer!r} has ever run on this database")
-    return number
 
 
 def _names(connection: Connection, schema: str | None, wanted: str | None = None) -> Callable[[int], str]:

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from idemq import schema
 from idemq.drivers import is_missing_table, kind_of
 from idemq.errors import SchemaError, SetupError
+from idemq.packing import shown
 
 #: Moves on when tables were found missing: all connections then forget the numbers that they know.
 _generation = 0
@@ -109,6 +110,16 @@ def find(connection: Connection, name: str, database_schema: str | None = None) 
     return _look_up(connection, name, names)
 
 
+def wanted(connection: Connection, name: str, database_schema: str | None = None) -> int:
+    """The number of `name`. Raises `SetupError` that names the consumers that there are."""
+    number = find(connection, name, database_schema)
+    if number is not None:
+        return number
+    others = ", ".join(shown(each) for each in sorted(known(connection, database_schema).values()))
+    hint = f"those that have: {others}" if others else "nor has another one: `idemq run` starts them"
+    raise SetupError(f"no consumer named {name!r} has run on this database; {hint}")
+
+
 def known(connection: Connection, database_schema: str | None = None) -> dict[int, str]:
     """Every consumer's number and name; of several names the first in the alphabet."""
     names = schema.table("idemq_consumer_names", database_schema)
@@ -117,7 +128,7 @@ def known(connection: Connection, database_schema: str | None = None) -> dict[in
 
 
 def _look_up(connection: Connection, name: str, names: Table) -> int | None:
-    query = select(names.c.consumer).where(names.c.name == name.encode())
+    query = select(names.c.consumer).where(names.c.name == name.encode("utf-8", "surrogatepass"))
     if kind_of(connection.dialect) in ("mysql", "mariadb"):
         query = query.with_for_update(read=True)  # a plain read could answer from an older snapshot
     return connection.execute(query).scalar_one_or_none()

@@ -13,13 +13,14 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import URL, select
+from sqlalchemy import URL, select, text
+from sqlalchemy.exc import OperationalError
 
 from idemq import letters, names, schema
 from idemq.cli import harmless, main
 from idemq.cli.choosing import act, duration, matching
 from idemq.cli.loading import Database, load
-from idemq.packing import packed
+from idemq.packing import error_text, packed
 from tests.core_tools import Shop, on
 from tests.test_letters import bury, entries, park, row_of
 
@@ -153,7 +154,47 @@ def test_filters_and_what_they_refuse(shop: Shop, cli: Cli) -> None:
         assert code == 2
         assert "is no duration" in re.sub(r"[^\w ]+", "", err.replace("\n", " "))
     code, _, err = cli("dead list", "--consumer", "nobody")
-    assert (code, err) == (2, "idemq: no consumer named 'nobody' has ever run on this database\n")
+    known = "those that have: shop"
+    assert (code, err) == (2, f"idemq: no consumer named 'nobody' has run on this database; {known}\n")
+
+
+@SQLITE
+def test_the_error_of_a_list_is_what_was_raised_and_not_where_to_read_about_it(shop: Shop, cli: Cli) -> None:
+    with shop.engine.connect() as connection, pytest.raises(OperationalError) as caught:
+        connection.execute(text("SELECT payment FROM missing WHERE payment = :payment"), {"payment": "p-1"})
+    bury(shop, "database", error=error_text(caught.value))
+    bury(shop, "lines", error=error_text(ValueError("the amount\nis negative")))
+    bury(shop, "long", error=error_text(ValueError("x" * 30_000)))
+    bury(shop, "short", error="no traceback")
+    out = cli("dead list")[1]
+    assert "(sqlite3.OperationalError) no such table: missing" in out
+    assert "ValueError: the amount" in out
+    assert "ValueError: xxx" in out
+    assert "no traceback" in out
+    assert "Background" not in out
+
+
+@SQLITE
+def test_a_consumers_name_may_be_anything_and_a_wrong_one_names_the_right_ones(shop: Shop, cli: Cli) -> None:
+    for name in ("[red]a b", "50%_'\"", "-x"):
+        bury(shop, name, consumer=name)
+        assert [each["id"] for each in cli.json("dead list", f"--consumer={name}")] == [name]
+        assert name in cli("dead list")[1]
+    code, _, err = cli("dead list", "--consumer", "50")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no consumer named '50' has run" in err
+    assert "-x, 50%_'\", [red]a b" in err
+    for command, arguments in (("dead list", ["--consumer", "\udcff"]), ("seen", ["\udcff", "\udcff"])):
+        code, _, err = cli(command, *arguments)
+        assert (code, err.count("\n")) == (1 if command == "seen" else 2, 1)
+        assert "has run" in err
+
+
+@SQLITE
+def test_json_for_programs_has_no_number_that_json_does_not_know(shop: Shop, cli: Cli) -> None:
+    pk = bury(shop, "nan", headers=packed({"nan": float("nan"), "list": [float("inf")]}))
+    out = cli("dead show", str(pk), "--json")[1]
+    assert json.loads(out, parse_constant=pytest.fail)["headers"] == {"nan": "nan", "list": ["inf"]}
 
 
 def test_durations() -> None:

@@ -18,12 +18,12 @@ from idemq.cli.tables import (
     age,
     entries_as_json,
     fields_of,
-    last_line,
     moment,
     print_facts,
     print_json,
     print_part,
     print_table,
+    raised,
     until,
 )
 from idemq.errors import SetupError
@@ -172,7 +172,7 @@ def _print_list(found: Sequence[doubt.Doubt], now: datetime) -> None:
     for each in found:
         due = "by a person" if each.due is None else until(now, each.due)
         cells = [str(each.key), one_line(each.effect), each.state, str(each.attempts)]
-        rows.append([*cells, age(now, each.planned_at), due, last_line(each.error)])
+        rows.append([*cells, age(now, each.planned_at), due, raised(each.error)])
     print_table(table, rows)
 
 

@@ -14,12 +14,12 @@ from idemq.cli.tables import (
     age,
     entries_as_json,
     fields_of,
-    last_line,
     moment,
     plain,
     print_facts,
     print_part,
     print_table,
+    raised,
     until,
 )
 from idemq.letters import Letter, Match
@@ -47,7 +47,7 @@ def print_letters(letters: Sequence[Letter], now: datetime) -> None:
             cells += [str(each.attempts), str(each.crashes), age(now, each.first_at), due]
         else:
             cells += [str(each.attempts), str(each.copies), age(now, each.last_at)]
-        rows.append([*cells, last_line(each.error)])
+        rows.append([*cells, raised(each.error)])
     print_table(table, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -88,7 +89,8 @@ def _value(value: Any) -> Any:
             return "0x" + value[:DUMPED].hex() + ("..." if len(value) > DUMPED else "")
     if isinstance(value, Sequence):
         return [_value(each) for each in value]
-    return value if isinstance(value, bool | int | float | None) else str(value)
+    finite = isinstance(value, bool | int | None) or (isinstance(value, float) and isfinite(value))
+    return value if finite else str(value)  # JSON has no NaN
 
 
 def _dump(data: bytes) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, select
 from idemq import names, schema
 from idemq.cli.harmless import one_line
 from idemq.cli.loading import AppName, Database, Failure, load
+from idemq.errors import SetupError
 from idemq.failures import WAITING
 from idemq.message import key_of
 
@@ -31,9 +32,10 @@ def seen(app: AppName, consumer: Name, identifier: Identifier) -> None:
 
 
 def _look(connection: Connection, database_schema: str | None, consumer: str, identifier: str) -> str | None:
-    number = names.find(connection, consumer, database_schema)
-    if number is None:
-        raise Failure(f"no consumer named {consumer!r} has ever run on this database")
+    try:
+        number = names.wanted(connection, consumer, database_schema)
+    except SetupError as error:  # it may run yet
+        raise Failure(str(error)) from error
     key = key_of(identifier)
     processed = schema.table("idemq_processed", database_schema)
     failed = schema.table("idemq_failed", database_schema)

@@ -71,9 +71,13 @@ def entries_as_json(history: Sequence[Entry]) -> list[dict[str, Any]]:
     return [{name: plain(each) for name, each in entry._asdict().items()} for entry in history]
 
 
-def last_line(error: str | None) -> str:
-    lines = shown(error or "").strip().splitlines()
-    return one_line(lines[-1] if lines else "")
+def raised(error: str | None) -> str:
+    """The line of a traceback that says what was raised: not its last one, where more lines follow."""
+    lines = [line for line in shown(error or "").splitlines() if line.strip()]
+    frames = [number for number, line in enumerate(lines) if line.startswith("  File ")]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    said = [line for line in after if not line[0].isspace() and not line.startswith("Traceback")]
+    return one_line((said or lines or [""])[0])
 
 
 def moment(then: datetime | None) -> str:
