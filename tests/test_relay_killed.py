@@ -16,6 +16,7 @@ from prove.relayed import STEPS, RelayLoop
 KILLS = {"embedded": 10, "rabbitmq": 5, "kafka": 5}
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.hazard("H13")
 @pytest.mark.hazard("H52")
 @pytest.mark.situation(5)
