@@ -70,8 +70,8 @@ class Consumer:
             identifier = message_id(message, self.id)
             if message.id != identifier:
                 message = replace(message, id=identifier)
-            if message.sent_at is not None and not 1 < message.sent_at.year < 9999:
-                message = replace(message, sent_at=None)  # not every database has a place for it
+            if message.sent_at is not None and not _tells(message.sent_at):
+                message = replace(message, sent_at=None)
             job = Job(message, key_of(identifier), self.fingerprint(message))
             job.bad = BadMessage(message.unreadable) if message.unreadable else None
         except BaseException as error:  # also from the user's functions for key, id, fingerprint
@@ -95,6 +95,11 @@ class Consumer:
         if self.parks and job.bad is None and size(message) <= self.max_kept:
             job.outcome, job.suspect = Outcome(failures.SUSPECT, None, 0.0), True
         return job
+
+
+def _tells(sent_at: datetime) -> bool:
+    """It is a moment, and one for which every database has a place."""
+    return sent_at.tzinfo is not None and 1 < sent_at.year < 9999
 
 
 def too_late(

@@ -39,7 +39,8 @@ class Message:
     key: bytes | None = None
     content_type: str | None = None
     content_encoding: str | None = None
-    #: When the publisher says it was sent (AMQP timestamp: whole seconds), None when it does not say.
+    #: When the publisher says it was sent (AMQP timestamp: whole seconds), None when it does not say. One
+    #: without a time zone says nothing.
     sent_at: datetime | None = None
     #: It may have ended the process that had it before. RabbitMQ says so of all that was delivered before;
     #: on Kafka it is so for records that an owner may have had in hand which did not leave its partition in
@@ -118,11 +119,21 @@ def message_id(message: Message, rule: IdRule | None) -> str:
     if isinstance(found, bytes):
         found = found.decode("utf-8", "surrogateescape")
     if found is None or found == "" or isinstance(found, bool) or not isinstance(found, str | UUID | int):
-        raise NoId(f"no usable message id (found {type(found).__name__})" if found is not None else None)
+        raise NoId(f"no usable message id: {_missing(rule, found)}")
     text = str(found)
     if len(encoded(text)) > MAX_ID_BYTES:
         raise NoId(f"the message id is {len(encoded(text))} bytes long; at most {MAX_ID_BYTES} are allowed")
     return text
+
+
+def _missing(rule: IdRule | None, found: object) -> str:
+    if found is not None and found != "":
+        return f"an id is text, and what was found is {type(found).__name__}"
+    if callable(rule):
+        return f"the function id= found {found!r}"
+    if rule is None:
+        return f"no property, no CloudEvent, and no header {', '.join(ID_HEADERS)}; id= names another place"
+    return f"the message has none of the headers that id= names: {', '.join(rule)}"
 
 
 def _first_header(message: Message, names: Sequence[str]) -> object:

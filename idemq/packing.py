@@ -47,25 +47,40 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         return "(nested too deep)"
     if isinstance(value, str):
+        text = str.__str__(value)  # nothing below is left a subclass, which msgspec would refuse
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError:  # lone surrogates: kept as the bytes that they stand for
-            return value.encode("utf-8", "surrogatepass")
-        return value
+            return text.encode("utf-8", "surrogatepass")
+        return text
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
     if isinstance(value, Mapping):
         return {_name(name): _plain(each, depth + 1) for name, each in value.items()}
-    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray | memoryview):
+    if isinstance(value, Collection):
         return [_plain(each, depth + 1) for each in value]
-    if isinstance(value, datetime) and value.tzinfo is None:
-        return value.replace(tzinfo=UTC)  # AMQP's, which py-amqp gives without a zone
-    if isinstance(value, bool | int | float | bytes | bytearray | memoryview | datetime | None):
-        big = isinstance(value, int) and not -(2**63) <= value < 2**64
-        return str(value) if big else value
-    return _plain(str(value))
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    return (_moment(value) if isinstance(value, datetime) else None) or _plain(_text(value))
+
+
+def _moment(value: datetime) -> datetime | None:
+    """None for one that no calendar has in UTC."""
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=UTC)  # AMQP's, which py-amqp gives without a zone
+    try:
+        there = value.astimezone(UTC)
+    except (OverflowError, ValueError):
+        return None
+    return datetime(*there.timetuple()[:6], there.microsecond, UTC)
 
 
 def _name(name: object) -> str:
-    return str(name).encode("utf-8", "backslashreplace").decode()
+    return _text(name).encode("utf-8", "backslashreplace").decode()
 
 
 def error_text(error: BaseException) -> str:
@@ -82,9 +97,9 @@ def error_text(error: BaseException) -> str:
 def words(error: BaseException) -> str:
     """What a log line may say: no statement, no parameters, no row, no value out of a database's error."""
     if not isinstance(error, StatementError):
-        return f"{type(error).__name__}: {_text(error)}"
+        return f"{type(error).__name__}: {_text(error).strip()}"
     cause = error.orig if error.orig is not None else error
-    text = (_text(cause).splitlines() or [""])[0]
+    text = (_text(cause).strip().splitlines() or [""])[0]
     if not isinstance(error, DBAPIError) or str(error_code(error)).startswith("22"):
         text = "a value does not fit" if not isinstance(error, DBAPIError) else _VALUE.sub("...", text)
     elif isinstance(error, DataError | IntegrityError):  # PostgreSQL puts the names of constraints in "..."
@@ -95,9 +110,9 @@ def words(error: BaseException) -> str:
 _VALUE = re.compile("'.*'|\".*\"")
 
 
-def _text(error: BaseException) -> str:
+def _text(value: object) -> str:
     try:
-        return str(error).strip()
+        return str(value)
     except Exception:  # the user's own class may fail at it
         return "(it cannot be printed)"
 

@@ -84,7 +84,7 @@ def policy(consumer: str, retrying: BaseRetrying | None) -> Policy:
     def decide(attempts: int, elapsed: float, error: BaseException) -> float | None:
         try:
             return _ask(retrying, attempts, elapsed, error)
-        except Exception:
+        except BaseException:  # SystemExit would end a lane, each time
             if retrying is DEFAULT:
                 raise
             log.exception("consumer %r: its retry= failed; the default policy decides", consumer)

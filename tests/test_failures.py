@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -160,6 +161,48 @@ def test_headers_that_are_nested_without_end_are_cut_and_not_refused() -> None:
     assert len(packed(deep)) < 1000
     while deep:  # freed step by step, because the interpreter's own way is recursive
         deep = deep["a"]
+
+
+class Text(str):
+    pass
+
+
+class Number(int):
+    pass
+
+
+class Moment(datetime):
+    pass
+
+
+class Silent:
+    def __str__(self) -> str:
+        raise ValueError("on purpose")
+
+
+@pytest.mark.hazard("H44")
+def test_headers_of_whatever_types_are_written_down() -> None:
+    early, late = timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))
+    headers: dict[Any, Any] = {
+        "text": Text("é"),
+        "number": Number(7),
+        "bytes": memoryview(b"a-b-c")[::2],
+        "moment": Moment(2026, 1, 2, tzinfo=UTC),
+        "first": datetime.min.replace(tzinfo=early),
+        "last": datetime.max.replace(tzinfo=late),
+        "silent": Silent(),
+        Silent(): 1,
+    }
+    assert unpacked(packed(headers)) == {
+        "text": "é",
+        "number": 7,
+        "bytes": b"abc",
+        "moment": datetime(2026, 1, 2, tzinfo=UTC),
+        "first": "0001-01-01 00:00:00+14:00",
+        "last": "9999-12-31 23:59:59.999999-12:00",
+        "silent": "(it cannot be printed)",
+        "(it cannot be printed)": 1,
+    }
 
 
 @pytest.mark.hazard("H44")

@@ -44,6 +44,16 @@ def test_an_id_is_never_guessed() -> None:
         message_id(Message(body=b"", headers={"id": "1"}, repeated=frozenset({"id"})), ("id",))
 
 
+def test_a_missing_id_is_told_with_the_places_where_it_was_looked_for() -> None:
+    message = Message(body=b"")
+    with pytest.raises(NoId, match=r"idempotency-key; id= names another place"):
+        message_id(message, None)
+    with pytest.raises(NoId, match="none of the headers that id= names: payment-id, id"):
+        message_id(message, ("payment-id", "id"))
+    with pytest.raises(NoId, match="the function id= found None"):
+        message_id(message, lambda _: None)
+
+
 def test_a_cloud_event_is_known_by_source_and_id_together() -> None:
     for prefix in ("cloudEvents:", "cloudEvents_", "ce_", "ce-"):
         event = Message(body=b"", headers={prefix + "source": "/shop", prefix + "id": "1"})

@@ -709,12 +709,15 @@ def test_what_does_not_say_when_it_was_sent_runs_or_is_kept_as_the_consumer_says
     assert all(row.owns_claim for row in shop.dead())
 
 
-@pytest.mark.parametrize("moment", [datetime.min, datetime.max], ids=["first", "last"])
+MOMENTS = [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC), datetime(2020, 1, 1)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=["first", "last", "without a zone"])
 @on()
 def test_whatever_time_a_message_says_it_was_sent_at_it_is_kept(shop: Shop, moment: datetime) -> None:
     part = Part(failing)
     attempts = shop.attempts(part, retry=POLICY)
-    assert isinstance(attempts(message(sent_at=moment.replace(tzinfo=UTC))), Parked)
+    assert isinstance(attempts(message(sent_at=moment)), Parked)
     shop.time_passes()
     part.act = write
     assert attempts.again() == [PROCESSED]

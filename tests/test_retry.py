@@ -72,6 +72,10 @@ def raising(*_: object) -> Any:
     raise RuntimeError("the user's policy is broken")
 
 
+def exiting(*_: object) -> Any:
+    raise SystemExit("the user's policy is broken")
+
+
 def returning(value: object) -> Callable[[RetryCallState], Any]:
     return lambda state: value
 
@@ -80,6 +84,7 @@ BROKEN = {
     "stop": Retrying(stop=raising, wait=wait_fixed(1)),
     "wait": Retrying(stop=stop_after_attempt(2), wait=raising),
     "retry": Retrying(stop=stop_after_attempt(2), wait=wait_fixed(1), retry=raising),
+    "exit": Retrying(stop=stop_after_attempt(2), wait=wait_fixed(1), retry=exiting),
     "wait that returns None": Retrying(stop=stop_after_attempt(2), wait=returning(None)),
     "wait that returns a timedelta": Retrying(stop=stop_after_attempt(2), wait=returning(timedelta(1))),
     "wait that returns no number": Retrying(stop=stop_after_attempt(2), wait=returning(math.nan)),
