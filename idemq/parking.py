@@ -32,7 +32,7 @@ MOST_BEHIND = 1000
 #: How often the database is asked for parked messages that are due, in seconds.
 LOOK_EVERY = 1.0
 
-#: How long a message whose twin is in flight is kept before it is parked, in seconds.
+#: How long a message that is tried again, or whose twin is in flight, is kept until it is parked, in seconds.
 KEEP = 10.0
 
 #: How many due rows are looked at in one transaction.

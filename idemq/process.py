@@ -41,10 +41,10 @@ from idemq.guard import Guard
 from idemq.ledger import Claim, Ledger
 from idemq.message import Ack, Release, Verdict
 from idemq.packing import words
-from idemq.parking import MOST_BEHIND, Parking
+from idemq.parking import KEEP, MOST_BEHIND, Parking
 from idemq.replies import Replies
 
-#: A failed message stays in the worker when it is tried again within so many seconds; else it is parked.
+#: For so many seconds a failed message waits in the worker, and for `KEEP` in all; for longer it is parked.
 SHORT = 1.0
 
 #: The shortest delay that a handler can ask for, in seconds: none at all would be a hot loop.
@@ -263,7 +263,7 @@ class Unit:
         if outcome.reason != failures.CONTENTION:
             if job.row is not None or outcome.delay is None or outcome.reason not in (FAILED, LATER):
                 return None
-            if outcome.delay > SHORT and self._consumer.parks:
+            if self._consumer.parks and (outcome.delay > SHORT or monotonic() - job.began > KEEP):
                 return None
         if job.tokens:
             assert job.key is not None

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
-from idemq import App, Message, SetupError, letters
+from idemq import App, Message, RetryLater, SetupError, letters
 from idemq.embedded import Embedded
 from idemq.failures import RELEASED, Job, Outcome
 from idemq.lanes import Item, Kept, Suspicion
@@ -168,3 +168,22 @@ def test_the_deadline_of_an_earlier_attempt_does_not_end_the_process() -> None:
     item.job.deadline = time.monotonic() - 60.0  # it rested for a minute, while the database was away
     timed.begin(item)
     assert timed.late() is None
+
+
+@pytest.mark.hazard("H23")
+@on(("sqlite", "pysqlite"), ("postgres", "asyncpg"))
+@pytest.mark.parametrize("error", [RetryLater(0, "never"), ValueError("always")], ids=["later", "failed"])
+def test_short_waits_without_end_do_not_hold_a_place_among_the_deliveries(
+    shop: Shop, error: Exception
+) -> None:
+    def handler(given: Message, session: Session) -> None:
+        raise error
+
+    attempts = shop.attempts(handler, retry=Retrying(wait=wait_fixed(0.5)))
+    job = attempts.consumer.job(message())
+    assert isinstance(attempts(job), Release)
+    job.began -= 11.0  # it has been here for a while
+    assert isinstance(attempts(job), Parked)
+    shop.time_passes()
+    assert [type(each) for each in attempts.again()] == [Parked]
+    assert len(shop.dead()) == 1
