@@ -6,7 +6,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from idemq.effects import Effect
 from idemq.errors import NotSent, Refused
 from idemq.outgoing import Row
 from idemq.packing import shown, words
-from idemq.pumps import Database, Pump
+from idemq.pumps import LOOK_EVERY, Database, Pump
 from idemq.retry import pause
 
 log = logging.getLogger("idemq.relay")
@@ -42,8 +42,7 @@ class EffectPump(Pump):
     def round(self) -> bool:
         self._running = {seq: thread for seq, thread in self._running.items() if thread.is_alive()}
         if self._running and time.monotonic() >= self._renewed + outgoing.LEASE / 4:
-            self._renewed = time.monotonic()
-            self.database.run(lambda connection: self._effects.renew(connection, list(self._running)))
+            self._renew()
         free = self._effect.concurrency - len(self._running)
         if not free:
             return False
@@ -116,9 +115,9 @@ class EffectPump(Pump):
 
     def _called(self, function: Callable[..., Any], payload: Any, key: str) -> Any:
         result = function(payload, key)
-        if inspect.iscoroutine(result):
+        if inspect.isawaitable(result):
             assert self._loop is not None
-            return self._loop.run(result)
+            return self._loop.run(_awaited(result))
         return result
 
     def _write(self, step: Callable[[Connection], bool]) -> None:
@@ -135,9 +134,21 @@ class EffectPump(Pump):
             self.counts["settled" if written else "too late"] += 1
             return
 
-    def join_calls(self, timeout: float) -> bool:
-        """Whether all calls ended within `timeout` seconds."""
-        end = time.monotonic() + timeout
-        for thread in self._running.values():
-            thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._running.values())
+    def _renew(self) -> None:
+        self.database.run(lambda connection: self._effects.renew(connection, list(self._running)))
+        self._renewed = time.monotonic()
+
+    def leave(self) -> None:
+        """Until all calls have ended: their leases are renewed for so long."""
+        while self._running:
+            next(iter(self._running.values())).join(LOOK_EVERY)
+            self._running = {seq: thread for seq, thread in self._running.items() if thread.is_alive()}
+            if self._running and time.monotonic() >= self._renewed + outgoing.LEASE / 4:
+                try:
+                    self._renew()
+                except Exception as error:
+                    log.warning("%s: %s", self.title, shown(words(error)))
+
+
+async def _awaited(result: Awaitable[Any]) -> Any:
+    return await result

@@ -10,11 +10,12 @@ owner. Moments are the database's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import Connection, func, select
 
 from idemq import outgoing
 from idemq.drivers import begin
@@ -91,6 +92,7 @@ class EffectRows(Outgoing):
     def done(self, connection: Connection, row: Row) -> bool:
         """The effect is there. False: somebody else has found out, or decided, before."""
         with begin(connection):
+            self._lock(connection, row)
             return self.delete(connection, self.mine(row, WAITING, SENDING, IN_DOUBT))
 
     def not_sent(self, connection: Connection, row: Row, error: BaseException, delay: float | None) -> bool:
@@ -98,36 +100,43 @@ class EffectRows(Outgoing):
         unknown = row.first_sending_at is not None  # what an attempt before this one has sent
         state = WAITING if delay is not None else IN_DOUBT if unknown else FAILED
         more = {} if unknown else {"first_sending_at": None}
-        return self._end(connection, self.mine(row, SENDING, IN_DOUBT), state, delay, error, **more)
+        return self._end(connection, row, (SENDING, IN_DOUBT), state, delay, error, **more)
 
     def refused(self, connection: Connection, row: Row, error: BaseException) -> bool:
         """The provider has said no, for good."""
-        return self._end(connection, self.mine(row, SENDING, IN_DOUBT), FAILED, None, error)
+        return self._end(connection, row, (SENDING, IN_DOUBT), FAILED, None, error)
 
     def in_doubt(self, connection: Connection, row: Row, error: BaseException, delay: float) -> bool:
         """Nobody knows what came of the call. Looked at again in `delay` seconds, where that can tell."""
         due = None if self._repeats.due is None else max(delay, self._repeats.due)
-        return self._end(connection, self.mine(row), IN_DOUBT, due, error)
+        return self._end(connection, row, (), IN_DOUBT, due, error)
 
     def absent(self, connection: Connection, row: Row) -> bool:
         """The look-up says that no call has got through: sent anew."""
-        return self._end(connection, self.mine(row), WAITING, 0.0, None, first_sending_at=None)
+        return self._end(connection, row, (), WAITING, 0.0, None, first_sending_at=None)
 
     def unknown(self, connection: Connection, row: Row, error: BaseException, delay: float) -> bool:
         """The look-up could not tell; once more in `delay` seconds."""
-        return self._end(connection, self.mine(row), IN_DOUBT, delay, error)
+        return self._end(connection, row, (), IN_DOUBT, delay, error)
 
     def reap(self, connection: Connection) -> None:
         """What was being sent by a process that died, or froze for longer than its lease, is in doubt."""
         with begin(connection):
             now = clock(connection)
-            ended = self.due(now, SENDING)
+            ended = self.unlocked(connection, self.due(now, SENDING))
             self.change(connection, ended, IN_DOUBT, due=self._repeats.due, now=now, error=DIED)
+
+    def _lock(self, connection: Connection, row: Row) -> None:
+        """Raises a database error at once while a webhook's or a person's transaction has it: all pumps would
+        wait with us, and no lease be renewed."""
+        this = self.table.c.seq == row.seq
+        connection.execute(select(self.table.c.seq).where(this).with_for_update(nowait=True))
 
     def _end(
         self,
         connection: Connection,
-        which: ColumnElement[bool],
+        row: Row,
+        known: Sequence[int],
         state: int,
         due: float | None,
         error: BaseException | None,
@@ -135,4 +144,6 @@ class EffectRows(Outgoing):
     ) -> bool:
         text = {} if error is None else {"error": error_text(error)}
         with begin(connection):
+            self._lock(connection, row)
+            which = self.mine(row, *known)
             return self.change(connection, which, state, due=due, now=clock(connection), **text, **more)

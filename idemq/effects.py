@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_type_hints
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -49,7 +50,6 @@ class Effect:
 
     name: str
     function: Callable[..., Any]
-    asynchronous: bool
     decoder: Decoder
     look_up: LookUp | None
     repeats: Repeats
@@ -88,11 +88,11 @@ def declare(
     if not _seconds(settle, 0.0):
         raise SetupError(f"effect {name!r}: settle={settle!r} must be seconds from 0 up")
     look_up = repeat if callable(repeat) else None
+    _one_effect(name, function)
     effect = Effect(
         name,
         function,
-        inspect.iscoroutinefunction(function),
-        decoder_for(_payload(name, function)),
+        _decoder(name, function),
         look_up,
         Repeats(key_lifetime, settle if look_up is not None else None),
         policy(name, retry),
@@ -102,24 +102,44 @@ def declare(
     return effect
 
 
+def _one_effect(name: str, function: Callable[..., Any]) -> None:
+    try:
+        other = _declared.get(function)
+    except TypeError as error:
+        raise SetupError(f"effect {name!r}: give it a function: {error}") from None
+    if other is not None and other.name != name:
+        raise SetupError(
+            f"effect {name!r}: its function is the effect {other.name!r} already; give each one its own"
+        )
+
+
 def _seconds(value: object, least: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
 
 
-def _payload(name: str, function: Callable[..., Any]) -> Any:
-    """The type of its first parameter; the second is the key."""
-    parameters = list(inspect.signature(function).parameters.values())
-    if len(parameters) != 2:
+def _decoder(name: str, function: Callable[..., Any]) -> Decoder:
+    """Of the type of its first parameter; the second is the key."""
+    parameters = inspect.signature(function).parameters.values()
+    needed = [each for each in parameters if each.default is each.empty]
+    if len(needed) != 2:
         raise SetupError(
             f"effect {name!r}: its function takes two arguments, the payload and the key (a str)"
         )
+    routine: Any = function
+    while isinstance(routine, partial):
+        routine = routine.func
+    if not inspect.isroutine(routine):  # an object with __call__
+        routine = type(routine).__call__
     try:
-        kind = get_type_hints(function)[parameters[0].name]
+        kind = get_type_hints(routine)[needed[0].name]
     except (KeyError, NameError):
         raise SetupError(
-            f"effect {name!r}: annotate {parameters[0].name!r} with the payload's type, imported at the top"
+            f"effect {name!r}: annotate {needed[0].name!r} with the payload's type, imported at the top"
         ) from None
-    return kind
+    try:
+        return decoder_for(kind)
+    except Exception as error:
+        raise SetupError(f"effect {name!r}: the payload {kind!r} cannot be decoded: {error}") from None
 
 
 def effect_of(function: Callable[..., Any]) -> Effect:

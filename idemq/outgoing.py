@@ -13,16 +13,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from hashlib import blake2b
+from itertools import takewhile
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Table,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
 
 from idemq import names, schema
 from idemq.drivers import begin, kind_of, too_small_packet
 from idemq.ledger import NOW, clock
 from idemq.message import Message
-from idemq.packing import message_of, packed, properties_of, unpacked
+from idemq.packing import as_text, message_of, packed, properties_of, unpacked
 
 #: `idemq_outgoing.kind`.
 #: A reply that the broker does not take is given up: who asked has gone.
@@ -34,7 +46,7 @@ WAITING, SENDING, IN_DOUBT, FAILED = 1, 2, 3, 4
 #: How long a row belongs to the process that has picked it, in seconds, unless that renews it.
 LEASE = 60.0
 
-#: The largest message or payload, body and headers together, in bytes.
+#: The largest message or payload, body and headers together, and the most that is picked at a time, in bytes.
 MAX_BYTES = 16 * 1024 * 1024
 
 
@@ -113,7 +125,8 @@ class Outgoing:
     def __init__(self, kinds: Sequence[int], target: str, owner: bytes, schema_name: str | None) -> None:
         self.table = schema.table("idemq_outgoing", schema_name)
         self._owner = owner
-        self._ours = self.table.c.kind.in_(kinds) & (self.table.c.target == target.encode())
+        self._kinds, self._target = kinds, target.encode()
+        self._ours = self.table.c.kind.in_(kinds) & (self.table.c.target == self._target)
 
     def due(self, now: datetime, *states: int) -> ColumnElement[bool]:
         table = self.table
@@ -135,8 +148,18 @@ class Outgoing:
         table = self.table
         with begin(connection):
             until = clock(connection) + timedelta(seconds=LEASE)
-            mine = table.c.seq.in_(seqs) & (table.c.owner == self._owner)
+            mine = self.unlocked(connection, table.c.seq.in_(seqs) & (table.c.owner == self._owner))
             connection.execute(update(table).where(mine).values(lease_until=until, not_before=until))
+
+    def unlocked(self, connection: Connection, which: ColumnElement[bool]) -> ColumnElement[bool]:
+        """Those that no other transaction works on, locked.
+
+        A pump never waits for a transaction of somebody else, who may take his time: on MySQL and MariaDB an
+        UPDATE by state would wait even for what is planned for another broker.
+        """
+        table = self.table
+        free = connection.scalars(select(table.c.seq).where(which).with_for_update(skip_locked=True)).all()
+        return which & table.c.seq.in_(free)
 
     def mine(self, row: Row, *states: int) -> ColumnElement[bool]:
         """It is still the attempt that we began, or, without states, the one that nobody has ended."""
@@ -171,40 +194,61 @@ class Messages(Outgoing):
         super().__init__((MESSAGE, REPLY), broker, owner, schema_name)
 
     def pick(self, connection: Connection, count: int) -> list[Row]:
-        """Up to `count` messages that are due: of each lane those that nothing comes before."""
-        table, transaction = self.table, begin(connection)
-        now, before = clock(connection), table.alias()
-        # Picked, or to be tried again later: its `not_before` is to come.
-        held = select(before.c.seq).where(
-            before.c.lane == table.c.lane, before.c.seq < table.c.seq, before.c.not_before > now
-        )
-        found = connection.execute(
-            select(table.c.seq, table.c.lane)
-            .where(self.due(now, WAITING), ~held.exists())
-            .order_by(table.c.not_before, table.c.seq)
-            .limit(count)
-            .with_for_update(skip_locked=True)
-        )
-        seqs = self._first(connection, {row.seq: row.lane for row in found})
-        rows = self.take(connection, seqs, now, state=SENDING, attempts=table.c.attempts + 1)
+        """Up to `count` messages that are due, and `MAX_BYTES`: of each lane those that nothing comes before.
+
+        What is read without a lock says which may be picked; the locks, taken by number, say which are: a
+        scan that locks would hold up whoever plans.
+        """
+        transaction = begin(connection)
+        now = clock(connection)
+        ready = self._ready(connection, count, now)
+        wanted = [seq for seqs in ready for seq in seqs]
+        free = self._free(connection, wanted, now) if wanted else set()
+        seqs = [seq for lane in ready for seq in takewhile(free.__contains__, lane)]
+        rows = self.take(connection, seqs, now, state=SENDING, attempts=self.table.c.attempts + 1)
         transaction.commit()
         return rows
 
-    def _first(self, connection: Connection, found: dict[int, bytes | None]) -> list[int]:
-        """Without those of whose lane somebody else picks an earlier one at this moment."""
+    def _free(self, connection: Connection, seqs: Sequence[int], now: datetime) -> set[int]:
+        """Those still due that nobody else picks at this moment, locked."""
+        which = self.table.c.seq.in_(seqs) & self.due(now, WAITING)
+        query = select(self.table.c.seq).where(which).with_for_update(skip_locked=True)
+        return set(connection.scalars(query))
+
+    def _ready(self, connection: Connection, count: int, now: datetime) -> list[list[int]]:
+        """Lane by lane, in their order; a message without a lane is one of its own."""
         table = self.table
-        laned = [seq for seq, lane in found.items() if lane is not None]
-        if not laned:
-            return list(found)
-        lanes = {found[seq] for seq in laned}
-        behind: set[bytes] = set()
-        before = select(table.c.seq, table.c.lane).where(table.c.lane.in_(lanes), table.c.seq <= max(laned))
-        for row in connection.execute(before.order_by(table.c.seq)):
-            if row.seq not in found:
-                behind.add(row.lane)
-            elif row.lane in behind:
-                del found[row.seq]
-        return list(found)
+        # Picked, or to be tried again later: its lane waits. Not correlated, so it is looked for once.
+        other = table.alias().c
+        later = (other.state == SENDING) | (other.state == WAITING) & (other.not_before > now)
+        ours = (other.kind.in_(self._kinds)) & (other.target == self._target)
+        held = select(other.lane).where(ours, later, other.lane.is_not(None))
+        found = connection.execute(
+            select(table.c.seq, table.c.lane, _size(table))
+            .where(self.due(now, WAITING), table.c.lane.is_(None) | table.c.lane.not_in(held))
+            .order_by(table.c.not_before, table.c.seq)
+            .limit(count)
+        ).all()
+        loose, lanes = [row for row in found if row.lane is None], {row.lane for row in found} - {None}
+        first: list[Any] = []
+        if lanes:  # those found may be behind others that came due after them
+            last = max(row.seq for row in found if row.lane is not None)
+            columns = table.c.seq, table.c.lane, table.c.state, table.c.not_before, _size(table)
+            before = select(*columns).where(table.c.lane.in_(lanes), table.c.seq <= last)
+            first = list(connection.execute(before.order_by(table.c.seq).limit(count)))
+        ready: dict[object, list[int]] = {}
+        held_up: set[bytes] = set()
+        size = 0
+        for row in sorted([*loose, *first], key=lambda row: row.seq)[:count]:
+            if row.lane is not None and (row.state != WAITING or row.not_before > now):
+                held_up.add(row.lane)
+            if row.lane in held_up:
+                continue
+            size += row.size
+            if size > MAX_BYTES and ready:
+                break
+            ready.setdefault(row.lane or row.seq, []).append(row.seq)
+        return list(ready.values())
 
     def sent(self, connection: Connection, rows: Sequence[Row]) -> None:
         """The broker has confirmed them: whoever has them now, they need not be sent."""
@@ -222,7 +266,13 @@ class Messages(Outgoing):
         """What a process had that died, or froze for longer than its lease, is due again."""
         with begin(connection):
             now = clock(connection)
-            self.change(connection, self.due(now, SENDING), WAITING, due=0.0, now=now)
+            ended = self.unlocked(connection, self.due(now, SENDING))
+            self.change(connection, ended, WAITING, due=0.0, now=now)
+
+
+def _size(table: Table) -> ColumnElement[int]:
+    parts = (table.c.body, table.c.headers, table.c.properties)
+    return sum((func.coalesce(func.length(each), 0) for each in parts), literal(0)).label("size")
 
 
 def row_of(row: Any) -> Row:
@@ -230,7 +280,7 @@ def row_of(row: Any) -> Row:
         pk=row["pk"],
         seq=row["seq"],
         kind=row["kind"],
-        address=tuple(unpacked(row["destination"]).get("address", ())),
+        address=tuple(as_text(each) or "" for each in unpacked(row["destination"]).get("address", ())),
         lane=row["lane"],
         message=message_of({**row, "sent_at": row["at"], "origin": None}),
         attempts=row["attempts"],

@@ -43,7 +43,8 @@ class Leaving:
 
     @property
     def asynchronous(self) -> bool:
-        return isinstance(self.engine, AsyncEngine) or any(effect.asynchronous for effect in self.effects)
+        """It needs an event loop. What a function returns shows only then whether it is to be awaited."""
+        return isinstance(self.engine, AsyncEngine) or bool(self.effects)
 
 
 class Strays(Pump):
@@ -82,9 +83,9 @@ class Relay:
 
     def __init__(self, leaving: Leaving, loop: EventLoop | None) -> None:
         database, schema = Database(leaving.engine, loop), leaving.schema
-        self._effects = [EffectPump(effect, database, schema, loop) for effect in leaving.effects]
+        effects = [EffectPump(effect, database, schema, loop) for effect in leaving.effects]
         messages = [MessagePump(broker, database, schema) for broker in leaving.brokers]
-        self._pumps: list[Pump] = [*self._effects, *messages, Strays(leaving, database)]
+        self._pumps: list[Pump] = [*effects, *messages, Strays(leaving, database)]
         for pump in self._pumps:
             pump.start()
 
@@ -103,9 +104,8 @@ class Relay:
         end = time.monotonic() + grace
         for pump in self._pumps:
             pump.join(max(0.0, end - time.monotonic()))
-        calls = [pump.join_calls(max(0.0, end - time.monotonic())) for pump in self._effects]
         self.report()
-        return all(calls) and not any(pump.is_alive() for pump in self._pumps)
+        return not any(pump.is_alive() for pump in self._pumps)
 
     def report(self) -> None:
         """One line for each of what happened since the start."""

@@ -48,17 +48,17 @@ class Replies:
         return (self._table.c.id == key) & (self._table.c.consumer == self._consumer)
 
     def _send(self, connection: Connection, question: Message, body: bytes) -> None:
-        where = as_text(question.properties.get("reply_to") or _header(question, REPLY_TO)[1])
+        where = question.properties.get("reply_to") or _header(question, REPLY_TO)[1]
         if not where:
             return  # nobody waits for an answer
         try:
-            destination = self._broker.to(where)
+            destination = self._broker.to(_text(where))
         except SetupError as error:  # it is the sender's mistake, and no reason to undo the work
             log.warning("no answer to %r: %s", question.id, shown(str(error)))
             return
         by_property = question.properties.get("reply_to") is not None
         name, correlation = _header(question, CORRELATION)
-        correlation = as_text(question.properties.get("correlation_id") or correlation or question.id)
+        correlation = question.properties.get("correlation_id") or correlation or question.id
         answer = Message(
             body=body,
             headers={} if by_property else {name: correlation},
@@ -74,6 +74,13 @@ class Replies:
             address=destination.address,
             schema_name=self._schema,
         )
+
+
+def _text(where: Any) -> Any:
+    try:
+        return as_text(where)
+    except UnicodeDecodeError:
+        return where
 
 
 def _header(message: Message, names: tuple[str, ...]) -> tuple[str, Any]:
