@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from idemq import Message
 from idemq.sessions import Sessions
-from tests.attacked import Field, attacked, children, source, wait_gone
+from tests.attacked import Field, attacked, children, freeze, source, wait_gone
 from tests.contract.brokers import Broker, EmbeddedBroker, KafkaBroker, RabbitBroker
 from tests.contract.running import Shop
 from tests.proxy import proxy
@@ -212,7 +212,7 @@ def test_a_worker_frozen_in_its_transaction_and_thawed_leaves_one_effect(scene: 
     frozen = field.start("--child")
     broker.publish(sent(1))
     eventually(lambda: field.begun() == [(frozen.pid, "m1")])
-    frozen.send_signal(signal.SIGSTOP)
+    freeze(frozen.pid)
     field.release()
     other = field.start("--child")
     # Longer than the heartbeats or the session timeout: the broker gives the message to the other worker.
@@ -303,7 +303,7 @@ def test_a_second_sigterm_ends_processes_that_are_frozen_and_busy(scene: Scene) 
     broker.publish(sent(1))
     eventually(field.begun)
     processes = children(parent.pid)
-    os.kill(processes[0], signal.SIGSTOP)
+    freeze(processes[0])
     parent.send_signal(signal.SIGTERM)
     eventually(lambda: "stopping" in field.log())
     assert field.end(parent) != 0

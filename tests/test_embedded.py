@@ -19,6 +19,7 @@ from idemq.broker import Delivery
 from idemq.embedded import Embedded
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.message import Message
+from tests.attacked import freeze
 from tests.contract.brokers import EmbeddedBroker, spec
 from tests.contract.inbox import Inbox, ack, consuming, ids
 from tests.servers import eventually
@@ -375,7 +376,7 @@ def test_what_a_killed_process_held_is_taken_over_by_a_running_consumer(broker: 
 def test_a_stopped_process_keeps_what_it_holds(broker: Embedded) -> None:
     fill(broker, 5)
     with holder(broker, 5) as child, consuming(broker.queue("q")) as (inbox, _):
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         assert inbox.quiet(1)
         child.kill()
         assert len(inbox.take(5)) == 5

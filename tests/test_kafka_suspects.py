@@ -22,6 +22,7 @@ from idemq.kafka import Kafka, Topic
 from idemq.kafka_consumer import KafkaSubscription
 from idemq.offsets import CAP
 from tests import kafka_tools as tools
+from tests.attacked import freeze
 from tests.servers import eventually
 
 pytestmark = pytest.mark.hazard("H20")
@@ -254,7 +255,7 @@ def test_an_owner_that_was_frozen_makes_suspects_and_its_return_changes_nothing(
 ) -> None:
     topic_with(kafka_servers, unique, 30)
     with holding(kafka_servers, unique, 30) as frozen:
-        frozen.send_signal(signal.SIGSTOP)
+        freeze(frozen.pid)
         tools.evict(kafka_servers, unique)
         with owning(kafka_servers, unique) as inbox:
             deliveries = inbox.take(30)

@@ -18,7 +18,7 @@ from sqlalchemy import URL, text
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from idemq import Message, RetryLater
-from tests.attacked import Field, attacked, children
+from tests.attacked import Field, attacked, children, freeze
 from tests.contract.brokers import Broker, KafkaBroker, RabbitBroker
 from tests.contract.running import Act, Shop, sent
 from tests.servers import eventually
@@ -226,8 +226,7 @@ def test_a_worker_frozen_in_its_transaction_is_overtaken_by_nobody(
     frozen = field.start()
     broker.publish(sent(*range(1, 11)), headers={"key": "a"})
     eventually(lambda: [id for _, id in field.begun()] == ids(1, 2))
-    for pid in (frozen.pid, *children(frozen.pid)):
-        os.kill(pid, signal.SIGSTOP)
+    freeze(frozen.pid, *children(frozen.pid))
     field.release()
     other = field.start()
     eventually(lambda: "its twin is still in flight" in field.log() or shop.waiting() > 1)
@@ -253,7 +252,7 @@ def test_a_worker_frozen_between_messages_does_not_run_ahead_when_it_thaws(
     field.hold("m3")
     broker.publish(sent(*range(2, 8)), headers={"key": "a"})
     eventually(lambda: field.begun()[-1][1] == "m3")
-    frozen.send_signal(signal.SIGSTOP)
+    freeze(frozen.pid)
     with shop.engine.connect() as connection:  # nothing of it is left in the database, only in its memory
         connection.execute(text(IDLE_ENDS))
     other = field.start("--child")
