@@ -1,7 +1,8 @@
 """The app under attack, as its own processes: `idemq run tests.attacked:app`; the environment says where.
 
 Each call of the handler leaves a line in the file `begun`, before the effect is written. A handler whose
-message is named in the file `hold` waits, in its transaction, until that file is gone.
+message is named in the file `hold` waits, in its transaction, until that file is gone. One whose message is
+named in the file `deadly` ends its process.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from tests.servers import eventually
 def act(message: Message) -> None:
     with open("begun", "a") as begun:
         print(os.getpid(), message.id, file=begun, flush=True)
+    if Path("deadly").exists() and Path("deadly").read_text() == message.id:
+        os._exit(7)
     while Path("hold").exists() and Path("hold").read_text() == message.id:
         time.sleep(0.01)
 
@@ -83,6 +86,10 @@ class Field:
 
     def hold(self, identifier: str) -> None:
         (self.directory / "hold").write_text(identifier)
+
+    def poison(self, identifier: str) -> None:
+        """The message ends whatever process runs it."""
+        (self.directory / "deadly").write_text(identifier)
 
     def release(self) -> None:
         (self.directory / "hold").unlink()

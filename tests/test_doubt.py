@@ -11,9 +11,11 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import Connection, Engine, select, text, update
+from sqlalchemy.exc import DBAPIError
 
 from idemq import doubt, migrate, schema
 from idemq.doubt import Decision
+from idemq.drivers import is_contention
 from idemq.effect_rows import LOOK, SEND, EffectRows, Repeats
 from idemq.effects import Effects, declare
 from idemq.errors import NotSent, Refused, SetupError
@@ -366,11 +368,19 @@ def doubtful_many(engine: Engine, count: int) -> list[Row]:
 
 def late(connection: Connection, number: int, row: Row) -> tuple[str, bool]:
     """What a worker writes down that was frozen: the effect is done, refused, or was not sent."""
-    if number % 3 == 0:
-        return "done", effects_of().done(connection, row)
-    if number % 3 == 1:
-        return "refused", effects_of().refused(connection, row, Refused("no"))
-    return "not sent", effects_of().not_sent(connection, row, NotSent("no route"), None)
+    effects = effects_of()
+    steps: list[tuple[str, Callable[[], bool]]] = [
+        ("done", lambda: effects.done(connection, row)),
+        ("refused", lambda: effects.refused(connection, row, Refused("no"))),
+        ("not sent", lambda: effects.not_sent(connection, row, NotSent("no route"), None)),
+    ]
+    action, step = steps[number % len(steps)]
+    while True:
+        try:
+            return action, step()
+        except DBAPIError as error:  # it waits for nobody, and comes again
+            if not is_contention(error):
+                raise
 
 
 def person(decisions: tuple[Decision, ...]) -> Callable[[Connection, int, Row], tuple[str, bool]]:
