@@ -14,7 +14,6 @@ from tests.contract.brokers import Broker
 from tests.contract.running import Shop, once_each, sent
 from tests.servers import eventually
 
-
 #: The classic queue ends its consumers like the quorum queue.
 pytestmark = pytest.mark.parametrize("broker", ["embedded", "rabbitmq", "kafka"], indirect=True)
 
