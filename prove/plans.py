@@ -68,7 +68,7 @@ def scenes(brokers: dict[str, Broker], seed: int, *, long: bool) -> Iterator[Sce
 
 def _kills(broker: Broker, seed: int, *, long: bool) -> Iterator[Plan]:
     workers, after = (3, (0.0, 0.6)) if broker.kills_all else (5, (0.0, 0.3))
-    messages, kills = (20_000, 300) if long else (3_000, 45) if broker.kills_all else (6_000, 90)
+    messages, kills = (20_000, 300) if long else (2_000, 30) if broker.kills_all else (3_000, 45)
     yield Plan(messages, seed, kills=kills, workers=workers, after=after)
     for control in CONTROLS:
         yield Plan(1000, seed, kills=20, workers=workers, after=after, control=control)
