@@ -49,8 +49,7 @@ def server_list(servers: str | Sequence[str]) -> list[str]:
             "Kafka(servers): give host:port, several separated by commas, without scheme or password; "
             "user and password belong into sasl_username and sasl_password"
         )
-    # Every name has matched above, which the type checker cannot know.
-    return [name if _SERVER.fullmatch(name)[2] else f"{name}:9092" for name in names]  # type: ignore[index]
+    return [name if (found := _SERVER.fullmatch(name)) and found[2] else f"{name}:9092" for name in names]
 
 
 def ssl_options(

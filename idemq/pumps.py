@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
@@ -65,7 +66,7 @@ class Rows(Protocol):
     def reap(self, connection: Connection) -> None: ...
 
 
-class Pump(threading.Thread):
+class Pump(threading.Thread, ABC):
     """Sends what is due for one broker or effect, until `stop`."""
 
     def __init__(self, title: str, database: Database, rows: Rows) -> None:
@@ -106,9 +107,9 @@ class Pump(threading.Thread):
                 self._woken.wait(LOOK_EVERY)
         self.leave()
 
+    @abstractmethod
     def round(self) -> bool:
         """Send what is due; whether there may be more. Raises what it cannot mend."""
-        raise NotImplementedError
 
     def leave(self) -> None:
         """Called once, at the end."""

@@ -119,8 +119,9 @@ def scope_bytes(scope: str) -> bytes:
 
 def check_lifetime(lifetime: object) -> None:
     """Raise `SetupError` when `lifetime` is neither None nor a number of seconds."""
-    number = isinstance(lifetime, int | float) and not isinstance(lifetime, bool)
-    if lifetime is not None and not (number and 0.001 <= lifetime <= LONGEST):  # type: ignore[operator]
+    if lifetime is None:
+        return
+    if isinstance(lifetime, bool) or not (isinstance(lifetime, int | float) and 0.001 <= lifetime <= LONGEST):
         raise SetupError(f"lifetime={lifetime!r} must be None, or from 0.001 to {LONGEST:,} seconds")
 
 

@@ -20,8 +20,7 @@ SELECT wait, set_config('lock_timeout', :wait, true) FROM old
 
 def check_wait(wait: object) -> None:
     """Raise `SetupError` when `wait` is no number of seconds up to an hour."""
-    number = isinstance(wait, int | float) and not isinstance(wait, bool)
-    if not number or not 0 <= wait <= 3600:  # type: ignore[operator]  # it is a number where it is compared
+    if isinstance(wait, bool) or not (isinstance(wait, int | float) and 0 <= wait <= 3600):
         raise SetupError(f"wait={wait!r} must be from 0 to 3600 seconds")
 
 
