@@ -215,6 +215,8 @@ class Topic:
         if code not in (0, TopicAlreadyExistsError.errno):
             reason = (text[0] if text else None) or for_code(code).__name__
             raise SetupError(f"{self.description}: cannot be created (declare=True): {reason}")
+        while self.name not in await admin.list_topics():  # it is answered before the brokers know of it
+            await asyncio.sleep(0.05)
 
     def orders(self) -> None:
         """A partition has one consumer of the group, and comes in the order of its offsets."""

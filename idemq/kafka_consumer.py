@@ -23,8 +23,8 @@ from idemq.kafka_session import Session
 
 #: The longest pause before a consumer is built anew.
 LONGEST_PAUSE = 30.0
-#: A topic that is missing or a login that is refused so often in a row ends a subscription that once
-#: worked: a cluster that restarts may say so once.
+#: A topic that is missing or a login that is refused so often in a row ends a subscription: a cluster that
+#: restarts may say so once, and a broker that has not heard of a new topic yet.
 CERTAIN_AFTER = 3
 #: How long an orderly end may take when nobody waits for it.
 LEAVE_SECONDS = 5.0
@@ -87,7 +87,6 @@ class KafkaSubscription:
 
     def _run(self) -> None:
         attempt = refused = 0
-        ever_joined = False
         while not self._closing.is_set():
             session = Session(self._reading, self._deliver, self._flow, self._closing)
             try:
@@ -99,10 +98,9 @@ class KafkaSubscription:
                 reason = Stuck(f"{self._reading.description}: the consumer was cancelled")
             finally:
                 self._session = self._loop = None
-            ever_joined = ever_joined or session.joined
             attempt = 0 if session.joined else attempt + 1
             refused = refused + 1 if isinstance(reason, SetupError) else 0
-            if refused and (refused >= CERTAIN_AFTER or not ever_joined):
+            if refused >= CERTAIN_AFTER:
                 self._failure = reason
                 log.error("%s: stopped: %s", self._consumer, reason)
                 return

@@ -57,6 +57,8 @@ class Statement:
         binds = [bindparam(name, type_=kind) for name, kind in types.items()]
         compiled = text(sql).bindparams(*binds).compile(dialect=dialect)
         self.sql = compiled.string
+        # Asked for its description, psycopg makes an object for each column.
+        self._answers = "RETURNING" in self.sql or self.sql.startswith("SELECT")
         self._error: Any = dialect.loaded_dbapi.Error
         self._order: Sequence[str] | None = getattr(compiled, "positiontup", None)
         self._convert: dict[str, Callable[[Any], Any]] = {}
@@ -76,7 +78,7 @@ class Statement:
         cursor = pooled.cursor()
         try:
             cursor.execute(self.sql, parameters)
-            row: Sequence[Any] | None = cursor.fetchone() if cursor.description else None
+            row: Sequence[Any] | None = cursor.fetchone() if self._answers else None
             return row
         except self._error as error:
             gone = connection.dialect.is_disconnect(error, pooled.dbapi_connection, cursor)
@@ -98,21 +100,21 @@ _TYPES: dict[str, TypeEngine[Any]] = {
     "sent_at": schema.Time(),
 }
 
-# The wait is set and restored inside the claim, because statements of their own cost two round trips. The
-# restoring call runs only for a fresh row; every other answer ends the transaction or its savepoint, which
-# restores the setting as well. A commit must reach the disk before the ack, whatever the session's default.
-# The stored row is looked up by a statement of its own, because looking in this one costs every fresh message
-# a third of its claim.
+# The wait is set and restored inside the claim, because statements of their own cost two round trips; by CASE,
+# which fixes the order, because a CTE costs 20 us more. The restoring call runs only for a fresh row; every
+# other answer ends the transaction or its savepoint, which restores the setting as well. A commit must reach
+# the disk before the ack, whatever the session's default. The stored row is looked up by a statement of its
+# own, because looking in this one costs every fresh message a third of its claim.
 _POSTGRESQL = """
-WITH old AS MATERIALIZED (SELECT current_setting('lock_timeout') AS wait),
-bound AS MATERIALIZED (
-  SELECT set_config('lock_timeout', :wait, true), CASE current_setting('synchronous_commit')
-    WHEN 'off' THEN set_config('synchronous_commit', 'on', true) END FROM old)
-INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at)
-SELECT :consumer, :id, :fingerprint, :sent_at, now() FROM bound
+INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at) VALUES (
+  CASE WHEN set_config('idemq.wait', current_setting('lock_timeout'), true) IS NOT NULL THEN
+    CASE WHEN set_config('lock_timeout', :wait, true) IS NOT NULL THEN :consumer END END,
+  :id, :fingerprint, :sent_at,
+  CASE WHEN current_setting('synchronous_commit') <> 'off' THEN now()
+    WHEN set_config('synchronous_commit', 'on', true) IS NOT NULL THEN now() END)
 ON CONFLICT (consumer, id) DO NOTHING
 RETURNING xmin::text, pg_current_xact_id_if_assigned()::text,
-  set_config('lock_timeout', (SELECT wait FROM old), true)
+  set_config('lock_timeout', current_setting('idemq.wait'), true)
 """
 
 _MARIADB = """

@@ -33,8 +33,19 @@ def create_topic(
             new = NewTopic(topic, partitions, 1, topic_configs=configs or {})
             response = await admin.create_topics([new])
             assert response.topic_errors[0][1] == 0, response
+            await _led(admin, topic, partitions)
 
     run(work())
+
+
+async def _led(admin: AIOKafkaAdminClient, topic: str, partitions: int) -> None:
+    """Creation is answered before the broker that clients ask knows of it."""
+    async with asyncio.timeout(servers.PATIENCE):
+        while True:
+            (found,) = await admin.describe_topics([topic])
+            if sum(each["leader"] >= 0 for each in found["partitions"]) == partitions:
+                return
+            await asyncio.sleep(0.05)
 
 
 def delete_topic(servers: str, topic: str) -> None:
