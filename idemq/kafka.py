@@ -215,7 +215,9 @@ class Topic:
         if code not in (0, TopicAlreadyExistsError.errno):
             reason = (text[0] if text else None) or for_code(code).__name__
             raise SetupError(f"{self.description}: cannot be created (declare=True): {reason}")
-        while self.name not in await admin.list_topics():  # it is answered before the brokers know of it
+        while True:  # creation is answered before the brokers know of it
+            if self.name in await admin.list_topics():
+                return
             await asyncio.sleep(0.05)
 
     def orders(self) -> None:

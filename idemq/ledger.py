@@ -100,8 +100,8 @@ _TYPES: dict[str, TypeEngine[Any]] = {
     "sent_at": schema.Time(),
 }
 
-# The wait is set and restored inside the claim, because statements of their own cost two round trips; by CASE,
-# which fixes the order, because a CTE costs 20 us more. The restoring call runs only for a fresh row; every
+# The wait is set and restored inside the claim, because statements of their own cost two round trips; by
+# CASE, which fixes the order and is cheaper than a CTE. The restoring call runs only for a fresh row; every
 # other answer ends the transaction or its savepoint, which restores the setting as well. A commit must reach
 # the disk before the ack, whatever the session's default. The stored row is looked up by a statement of its
 # own, because looking in this one costs every fresh message a third of its claim.

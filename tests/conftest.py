@@ -4,15 +4,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import URL, create_engine, make_url, text
 
 from idemq.rabbitmq import RabbitMQ
-from tests import core_tools, servers
-from tests.rabbitmq_tools import Proxy, Server
+from tests import core_tools, kafka_tools, servers
+from tests.rabbitmq_tools import OwnServer, Proxy, Server
 
 _missing: set[str] = set()
 
@@ -29,11 +29,15 @@ def _server(name: str, running: tuple[ExitStack, dict[str, str]]) -> str:
         try:
             urls[name] = stack.enter_context(servers.server(name))
         except servers.Unavailable as reason:
-            _missing.add(f"{name}: {reason}")
-            if servers.required() and name != "mysql":
-                pytest.fail(f"{name} is required here, but: {reason}", pytrace=False)
-            pytest.skip(f"needs {name}: {reason}")
+            _is_missing(name, reason)
     return urls[name]
+
+
+def _is_missing(name: str, reason: servers.Unavailable) -> NoReturn:
+    _missing.add(f"{name}: {reason}")
+    if servers.required() and name != "mysql":
+        pytest.fail(f"{name} is required here, but: {reason}", pytrace=False)
+    pytest.skip(f"needs {name}: {reason}")
 
 
 @pytest.fixture
@@ -76,6 +80,28 @@ def proxy(rabbitmq_url: str) -> Iterator[Proxy]:
 def kafka_servers(_running: tuple[ExitStack, dict[str, str]]) -> str:
     """host:port of a running Kafka. Use topic names of your own: see `unique`."""
     return _server("kafka", _running)
+
+
+@pytest.fixture(scope="module")
+def own_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
+    """A RabbitMQ that may be killed, or set up in another way; with TLS."""
+    try:
+        servers.require_engine()
+    except servers.Unavailable as reason:
+        _is_missing("a RabbitMQ of its own", reason)
+    with OwnServer(tmp_path_factory.mktemp("tls")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def own_kafka() -> Iterator[kafka_tools.Broker]:
+    """A Kafka that may be killed; with short session timeouts and a port that wants a password."""
+    try:
+        servers.require_engine()
+    except servers.Unavailable as reason:
+        _is_missing("a Kafka of its own", reason)
+    with kafka_tools.own_broker() as broker:
+        yield broker
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from idemq.errors import BrokerUnavailable
 from idemq.message import Message
 from idemq.rabbitmq import RabbitMQ
 from tests.rabbitmq_tools import OwnServer, Proxy, Server, consuming
-from tests.servers import Unavailable, eventually, require_engine, required
+from tests.servers import eventually
 
 SECONDS = 60.0
 
@@ -343,45 +343,33 @@ def test_of_messages_that_a_return_cannot_tell_apart_none_is_confirmed() -> None
 # On a server of the test's own: alarms, permissions, TLS
 
 
-@pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnServer]:
-    try:
-        require_engine()
-    except Unavailable as reason:
-        if required():
-            pytest.fail(f"RabbitMQ is required here, but: {reason}", pytrace=False)
-        pytest.skip(f"needs RabbitMQ: {reason}")
-    with OwnServer(tmp_path_factory.mktemp("own")) as server:
-        yield server
-
-
 def test_a_server_without_memory_takes_nothing_and_is_told_within_the_timeout(
-    own: OwnServer, unique: str
+    own_rabbitmq: OwnServer, unique: str
 ) -> None:
-    server, rabbit = Server(own.url), RabbitMQ(own.url)
+    server, rabbit = Server(own_rabbitmq.url), RabbitMQ(own_rabbitmq.url)
     server.declare(unique)
     publisher = rabbit.publisher()
     batch = [(to(unique), message(str(n), b"x" * 100_000)) for n in range(100)]
     assert publisher.publish(batch[:1], SECONDS) == [None]
-    own.ctl("set_vm_memory_high_watermark", "0")
+    own_rabbitmq.ctl("set_vm_memory_high_watermark", "0")
     try:
         for _ in range(2):
             with pytest.raises(BrokerUnavailable, match=r"takes no messages now.*memory"):
                 publisher.publish(batch, 2.0)
     finally:
-        own.ctl("set_vm_memory_high_watermark", "0.6")
+        own_rabbitmq.ctl("set_vm_memory_high_watermark", "0.6")
     assert publisher.publish(batch, SECONDS) == [None] * 100
     publisher.close()
     assert server.counts(unique)[0] >= 101
     server.close()
 
 
-def test_an_exchange_that_the_user_may_not_write_to_is_told(own: OwnServer, unique: str) -> None:
-    server = Server(own.url)
+def test_an_exchange_that_the_user_may_not_write_to_is_told(own_rabbitmq: OwnServer, unique: str) -> None:
+    server = Server(own_rabbitmq.url)
     server.declare(unique)
-    own.ctl("add_user", unique, "secret")
-    own.ctl("set_permissions", unique, ".*", "amq.default", ".*")
-    rabbit = RabbitMQ(f"amqp://{unique}:secret@127.0.0.1:{own.port}//")
+    own_rabbitmq.ctl("add_user", unique, "secret")
+    own_rabbitmq.ctl("set_permissions", unique, ".*", "amq.default", ".*")
+    rabbit = RabbitMQ(f"amqp://{unique}:secret@127.0.0.1:{own_rabbitmq.port}//")
     publisher = rabbit.publisher()
     answers = publisher.publish(
         [(to(unique), message("1")), (("amq.fanout", ""), message("2")), (to(unique), message("3"))], SECONDS
@@ -393,17 +381,17 @@ def test_an_exchange_that_the_user_may_not_write_to_is_told(own: OwnServer, uniq
     server.close()
 
 
-def test_a_message_larger_than_the_server_takes_is_told(own: OwnServer, unique: str) -> None:
-    server = Server(own.url)
+def test_a_message_larger_than_the_server_takes_is_told(own_rabbitmq: OwnServer, unique: str) -> None:
+    server = Server(own_rabbitmq.url)
     server.declare(unique)
-    own.ctl("eval", "application:set_env(rabbit, max_message_size, 1000000).")
-    publisher = RabbitMQ(own.url).publisher()
+    own_rabbitmq.ctl("eval", "application:set_env(rabbit, max_message_size, 1000000).")
+    publisher = RabbitMQ(own_rabbitmq.url).publisher()
     try:
         answers = publisher.publish(
             [(to(unique), message(str(size), b"x" * size)) for size in (1, 1_000_001, 1_000_000)], SECONDS
         )
     finally:
-        own.ctl("eval", "application:set_env(rabbit, max_message_size, 134217728).")
+        own_rabbitmq.ctl("eval", "application:set_env(rabbit, max_message_size, 134217728).")
         publisher.close()
 
     assert answers[::2] == [None, None]
@@ -411,10 +399,12 @@ def test_a_message_larger_than_the_server_takes_is_told(own: OwnServer, unique: 
     server.close()
 
 
-def test_a_batch_larger_than_every_buffer_passes_through_tls(own: OwnServer, unique: str) -> None:
-    server = Server(own.url)
+def test_a_batch_larger_than_every_buffer_passes_through_tls(own_rabbitmq: OwnServer, unique: str) -> None:
+    server = Server(own_rabbitmq.url)
     server.declare(unique)
-    rabbit = RabbitMQ(f"amqps://guest:guest@localhost:{own.tls_port}//", ssl={"ca_certs": own.ca_certs})
+    rabbit = RabbitMQ(
+        f"amqps://guest:guest@localhost:{own_rabbitmq.tls_port}//", ssl={"ca_certs": own_rabbitmq.ca_certs}
+    )
     publisher = rabbit.publisher()
     batch = [(to(unique if n % 2 else "missing"), message(str(n), b"x" * 700_000)) for n in range(40)]
     answers = publisher.publish(batch, SECONDS)
@@ -425,19 +415,21 @@ def test_a_batch_larger_than_every_buffer_passes_through_tls(own: OwnServer, uni
     server.close()
 
 
-def test_a_server_that_dies_is_a_doubt_and_is_used_again_when_it_is_back(own: OwnServer, unique: str) -> None:
-    server = Server(own.url)
+def test_a_server_that_dies_is_a_doubt_and_is_used_again_when_it_is_back(
+    own_rabbitmq: OwnServer, unique: str
+) -> None:
+    server = Server(own_rabbitmq.url)
     server.declare(unique)
     server.close()
-    publisher = RabbitMQ(own.url).publisher()
+    publisher = RabbitMQ(own_rabbitmq.url).publisher()
     assert publisher.publish([(to(unique), message("1"))], SECONDS) == [None]
-    own.stop_app()
+    own_rabbitmq.stop_app()
     with pytest.raises(BrokerUnavailable):
         publisher.publish([(to(unique), message("2"))], 2.0)
-    own.start_app()
+    own_rabbitmq.start_app()
     assert publisher.publish([(to(unique), message("3"))], SECONDS) == [None]
     publisher.close()
-    assert [each.id for each in taken(RabbitMQ(own.url), unique, 2)] == ["1", "3"]
+    assert [each.id for each in taken(RabbitMQ(own_rabbitmq.url), unique, 2)] == ["1", "3"]
 
 
 def test_what_the_server_says_while_it_ends_the_connection_is_no_refusal(

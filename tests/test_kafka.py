@@ -28,7 +28,7 @@ from idemq.message import Message
 from tests import kafka_tools as tools
 from tests.contract.brokers import KafkaBroker
 from tests.contract.running import Shop
-from tests.servers import Unavailable, eventually, free_port, required
+from tests.servers import eventually, free_port
 
 
 class Inbox:
@@ -83,18 +83,6 @@ def reading(
 def source(servers: str, topic: str, **options: Any) -> Topic:
     chosen: dict[str, Any] = {"group": f"g-{topic}", "session_timeout": 6.0} | options
     return Kafka(servers).topic(topic, **chosen)
-
-
-@pytest.fixture(scope="module")
-def own() -> Iterator[tools.Broker]:
-    """A broker for the tests that need special settings or restart it."""
-    try:
-        with tools.own_broker() as broker:
-            yield broker
-    except Unavailable as reason:
-        if required():
-            pytest.fail(f"Kafka is required here, but: {reason}", pytrace=False)
-        pytest.skip(f"needs Kafka: {reason}")
 
 
 def caught_up(servers: str, topic: str, partitions: int = 1, group: str | None = None) -> bool:
@@ -548,10 +536,10 @@ def test_a_storm_of_rebalances_loses_nothing(kafka_servers: str, unique: str) ->
 
 @pytest.mark.hazard("H17")
 def test_a_handler_that_blocks_for_three_session_timeouts_keeps_its_partitions(
-    own: tools.Broker, unique: str
+    own_kafka: tools.Broker, unique: str
 ) -> None:
-    tools.create_topic(own.servers, unique)
-    tools.produce(own.servers, unique, [b"slow"])
+    tools.create_topic(own_kafka.servers, unique)
+    tools.produce(own_kafka.servers, unique, [b"slow"])
     release = threading.Event()
 
     def block(delivery: Delivery) -> None:
@@ -566,15 +554,15 @@ def test_a_handler_that_blocks_for_three_session_timeouts_keeps_its_partitions(
         workers[-1].start()
 
     inbox = Inbox(hand_over)
-    with reading(source(own.servers, unique, session_timeout=1.5), inbox, prefetch=1) as subscription:
+    with reading(source(own_kafka.servers, unique, session_timeout=1.5), inbox, prefetch=1) as subscription:
         inbox.wait(1)
-        members = tools.members(own.servers, f"g-{unique}")
+        members = tools.members(own_kafka.servers, f"g-{unique}")
         release.wait(4.5)
         assert subscription.connected
         assert inbox.deliveries[0].start(), "the epoch goes on"
-        assert tools.members(own.servers, f"g-{unique}") == members
+        assert tools.members(own_kafka.servers, f"g-{unique}") == members
         release.set()
-        eventually(lambda: caught_up(own.servers, unique), what="the commit")
+        eventually(lambda: caught_up(own_kafka.servers, unique), what="the commit")
     workers[0].join()
     assert inbox.bodies == [b"slow"]
 
@@ -582,17 +570,17 @@ def test_a_handler_that_blocks_for_three_session_timeouts_keeps_its_partitions(
 @pytest.mark.hazard("H32")
 @pytest.mark.parametrize("fault", ["cancelled", "hanging", "dead coordinator", "hanging commit"])
 def test_a_stuck_consumer_is_built_anew(
-    own: tools.Broker,
+    own_kafka: tools.Broker,
     unique: str,
     fault: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(kafka_epochs, "COMMIT_SECONDS", 1.0)
-    tools.create_topic(own.servers, unique)
-    tools.produce(own.servers, unique, [b"one"])
+    tools.create_topic(own_kafka.servers, unique)
+    tools.produce(own_kafka.servers, unique, [b"one"])
     inbox = Inbox(finish)
-    topic = source(own.servers, unique, session_timeout=1.0, stuck_after=1.5)
+    topic = source(own_kafka.servers, unique, session_timeout=1.0, stuck_after=1.5)
 
     async def hang(*args: object, **options: object) -> None:
         await asyncio.Event().wait()
@@ -610,14 +598,14 @@ def test_a_stuck_consumer_is_built_anew(
 
     with reading(topic, inbox) as subscription, caplog.at_level(logging.WARNING, "idemq.kafka"):
         inbox.wait(1)
-        eventually(lambda: caught_up(own.servers, unique), what="the first commit")
+        eventually(lambda: caught_up(own_kafka.servers, unique), what="the first commit")
         assert isinstance(subscription, KafkaSubscription)
         assert subscription._loop is not None
         assert subscription._session is not None
         subscription._loop.call_soon_threadsafe(harm, subscription._session)
-        tools.produce(own.servers, unique, [b"two"])
+        tools.produce(own_kafka.servers, unique, [b"two"])
         eventually(
-            lambda: b"two" in inbox.bodies and caught_up(own.servers, unique), what="consumption again"
+            lambda: b"two" in inbox.bodies and caught_up(own_kafka.servers, unique), what="consumption again"
         )
         eventually(lambda: any("reading again" in text for text in caplog.messages), what="the log line")
         assert subscription.failure is None
@@ -626,18 +614,20 @@ def test_a_stuck_consumer_is_built_anew(
 
 @pytest.mark.hazard("H33")
 def test_reading_goes_on_after_the_broker_restarted(
-    own: tools.Broker, unique: str, caplog: pytest.LogCaptureFixture
+    own_kafka: tools.Broker, unique: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tools.create_topic(own.servers, unique, partitions=2)
-    tools.produce(own.servers, unique, [b"a%d" % n for n in range(100)], keys=True)
+    tools.create_topic(own_kafka.servers, unique, partitions=2)
+    tools.produce(own_kafka.servers, unique, [b"a%d" % n for n in range(100)], keys=True)
     inbox = Inbox(finish)
-    topic = source(own.servers, unique, session_timeout=3.0)
+    topic = source(own_kafka.servers, unique, session_timeout=3.0)
     with reading(topic, inbox) as subscription, caplog.at_level(logging.INFO, "idemq.kafka"):
         inbox.wait(100)
-        own.restart()
-        eventually(lambda: _produced(own.servers, unique, [b"b%d" % n for n in range(100)]), "the broker")
+        own_kafka.restart()
+        eventually(
+            lambda: _produced(own_kafka.servers, unique, [b"b%d" % n for n in range(100)]), "the broker"
+        )
         eventually(lambda: len({*inbox.bodies}) == 200, "the records after the restart")
-        eventually(lambda: caught_up(own.servers, unique, 2), "lag 0")
+        eventually(lambda: caught_up(own_kafka.servers, unique, 2), "lag 0")
         eventually(lambda: subscription.connected, what="connected")
     assert all(record.exc_info is None for record in caplog.records if record.name == "idemq.kafka")
 
@@ -645,9 +635,9 @@ def test_reading_goes_on_after_the_broker_restarted(
 @pytest.mark.hazard("H17")
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_a_worker_whose_handler_blocks_for_three_session_timeouts_keeps_its_partitions(
-    own: tools.Broker, unique: str, kind: str, tmp_path: Path
+    own_kafka: tools.Broker, unique: str, kind: str, tmp_path: Path
 ) -> None:
-    broker = KafkaBroker(own.servers, unique)
+    broker = KafkaBroker(own_kafka.servers, unique)
     broker.create()
     broker.publish([("m1", b'{"n": 1}')])
     begun, entered, release = list[str | None](), threading.Event(), threading.Event()
@@ -657,56 +647,19 @@ def test_a_worker_whose_handler_blocks_for_three_session_timeouts_keeps_its_part
         entered.set()
         release.wait(90)
 
-    topic = source(own.servers, unique, session_timeout=1.5)
+    topic = source(own_kafka.servers, unique, session_timeout=1.5)
     shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), topic, kind, block)
     with shop.running() as worker:
         assert entered.wait(90)
-        members = tools.members(own.servers, f"g-{unique}")
+        members = tools.members(own_kafka.servers, f"g-{unique}")
         release.wait(4.5)
         assert worker.consumers[0].subscription.connected
-        assert tools.members(own.servers, f"g-{unique}") == members
+        assert tools.members(own_kafka.servers, f"g-{unique}") == members
         release.set()
-        eventually(lambda: caught_up(own.servers, unique), what="the commit")
+        eventually(lambda: caught_up(own_kafka.servers, unique), what="the commit")
     assert begun == ["m1"]
     assert shop.counts() == Counter(["m1"])
     shop.dispose()
-
-
-@pytest.mark.hazard("H33")
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_worker_goes_on_after_the_broker_restarted_under_it(
-    own: tools.Broker, unique: str, kind: str, tmp_path: Path
-) -> None:
-    broker = KafkaBroker(own.servers, unique, partitions=2)
-    broker.create()
-    entered, back = threading.Event(), threading.Event()
-
-    def hold(message: Message) -> None:
-        if message.id == "m0":
-            entered.set()
-            assert back.wait(90)
-
-    topic = source(own.servers, unique, session_timeout=3.0)
-    shop = Shop(make_url(f"sqlite:///{tmp_path / 'shop.db'}"), topic, kind, hold)
-    broker.publish([(f"m{n}", b'{"n": 1}') for n in range(50)])
-    with shop.running():
-        assert entered.wait(90)
-        own.restart()
-        back.set()
-        later = [(f"m{n}", b'{"n": 1}') for n in range(50, 100)]
-        eventually(lambda: _reached(lambda: broker.publish(later)), "the broker")
-        eventually(lambda: len(shop.counts()) == 100, "all effects")
-        eventually(lambda: caught_up(own.servers, unique, 2), "lag 0")
-    assert shop.counts() == Counter(f"m{n}" for n in range(100))
-    shop.dispose()
-
-
-def _reached(work: Callable[[], None]) -> bool:
-    try:
-        work()
-    except (KafkaError, OSError):
-        return False
-    return True
 
 
 def _produced(servers: str, topic: str, values: list[bytes]) -> bool:
@@ -719,14 +672,14 @@ def _produced(servers: str, topic: str, values: list[bytes]) -> bool:
 
 @pytest.mark.hazard("S7")
 def test_the_password_is_shown_nowhere(
-    own: tools.Broker, unique: str, caplog: pytest.LogCaptureFixture
+    own_kafka: tools.Broker, unique: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tools.create_topic(own.servers, unique)
-    tools.produce(own.servers, unique, [b"one"])
+    tools.create_topic(own_kafka.servers, unique)
+    tools.produce(own_kafka.servers, unique, [b"one"])
 
     def secured(password: str) -> Topic:
         kafka = Kafka(
-            own.secure,
+            own_kafka.secure,
             security_protocol="SASL_PLAINTEXT",
             sasl_mechanism="PLAIN",
             sasl_username=tools.USER,

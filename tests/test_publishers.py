@@ -1,4 +1,4 @@
-"""What every publisher does, on each broker; and what is Kafka's own."""
+"""What every publisher does, on each broker; and what is Kafka's own_kafka."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from idemq.rabbitmq import RabbitMQ
 from tests import kafka_tools as tools
 from tests.contract.brokers import Broker, EmbeddedBroker, KafkaBroker, RabbitBroker
 from tests.contract.inbox import ack, consuming, ids
-from tests.servers import Unavailable, required
 
 SECONDS = 60.0
 SENT_AT = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
@@ -414,23 +413,12 @@ def test_a_topic_that_was_deleted_is_told_and_not_made_again(kafka_servers: str,
     assert unique not in tools.topics(kafka_servers)
 
 
-@pytest.fixture(scope="module")
-def own() -> Iterator[tools.Broker]:
-    try:
-        with tools.own_broker() as broker:
-            yield broker
-    except Unavailable as reason:
-        if required():
-            pytest.fail(f"Kafka is required here, but: {reason}", pytrace=False)
-        pytest.skip(f"needs Kafka: {reason}")
-
-
 def test_a_kafka_that_does_not_answer_is_told_and_used_again_when_it_does(
-    own: tools.Broker, unique: str
+    own_kafka: tools.Broker, unique: str
 ) -> None:
-    kafka, topic = Kafka(own.servers), KafkaBroker(own.servers, unique)
+    kafka, topic = Kafka(own_kafka.servers), KafkaBroker(own_kafka.servers, unique)
     topic.create()
-    container = own.container.get_wrapped_container()
+    container = own_kafka.container.get_wrapped_container()
     to = kafka.to(unique).address
     with publishing(kafka) as publisher:
         assert publisher.publish([(to, some(1)[0])], SECONDS) == [None]

@@ -13,10 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL
+from sqlalchemy import URL, create_engine, text
 from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 from tenacity import Retrying, stop_after_attempt, wait_fixed
@@ -422,6 +423,71 @@ def test_while_the_database_is_away_nothing_is_settled_and_then_it_goes_on_by_it
     assert consumer.counts["failures"] == 0
     assert "the database answers again" in caplog.text
     assert broker.left() == 0
+
+
+@pytest.mark.hazard("H55")
+def test_while_the_database_is_read_only_nothing_is_settled_and_then_it_goes_on_by_itself(
+    broker: Broker, make: Make, postgres_url: URL, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "idemq")
+    observer = make(at=postgres_url)
+    shop = make(at=postgres_url.update_query_dict({"application_name": "worker"}), retry=policy(1, 0.0))
+
+    def say(setting: str) -> None:
+        """For new connections; those of the worker end."""
+        ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'worker'"
+        with observer.engine.begin() as connection:
+            connection.execute(text("SET LOCAL transaction_read_only = off"))
+            connection.execute(text(f"ALTER DATABASE {postgres_url.database} {setting}"))
+        with observer.engine.connect() as connection:
+            connection.execute(text(ends))
+
+    broker.publish(sent(1, 2, 3))
+    with shop.running() as worker:
+        eventually(lambda: observer.counts() == once_each(1, 2, 3))
+        say("SET default_transaction_read_only = on")
+        broker.publish(sent(*range(4, 10)))
+        eventually(lambda: caplog.text.count("the database is away") >= 3)
+        assert (observer.counts(), settled(worker)) == (once_each(1, 2, 3), 3)
+        say("RESET default_transaction_read_only")
+        eventually(lambda: observer.counts() == once_each(*range(1, 10)))
+    assert observer.failed() == []
+    assert worker.consumers[0].counts["failures"] == 0
+    assert broker.left() == 0
+
+
+@pytest.mark.hazard("H29")
+def test_what_another_transaction_causes_is_tried_again_and_is_no_failure(
+    broker: Broker, make: Make, url: URL, tmp_path: Path
+) -> None:
+    """A lock that somebody else holds; also where one failure would be the end."""
+    if url.get_backend_name() == "sqlite":
+        other = create_engine(f"sqlite:///{tmp_path / 'other.db'}", connect_args={"timeout": 0})
+    else:
+        other = create_engine(url.update_query_dict({"options": "-c lock_timeout=20"}))
+    with other.begin() as connection:
+        connection.execute(text("CREATE TABLE counter (n INTEGER)"))
+        connection.execute(text("INSERT INTO counter VALUES (0)"))
+    count, calls = text("UPDATE counter SET n = n + 1"), Counter[str | None]()
+
+    def sin(message: Message, session: Session) -> None:
+        calls[message.id] += 1
+        with other.begin() as connection:
+            connection.execute(count)
+
+    shop = make(sin=sin, retry=policy(1, 0.0))
+    with other.connect() as holder:
+        holder.execute(count)
+        broker.publish(sent(1, 2, 3))
+        with shop.running() as worker:
+            eventually(lambda: min(calls[f"m{n}"] for n in (1, 2, 3)) >= 3)
+            assert shop.counts() == Counter()
+            holder.rollback()
+            eventually(lambda: shop.counts() == once_each(1, 2, 3))
+    assert shop.failed() == []
+    assert worker.consumers[0].counts["failures"] == 0
+    assert broker.left() == 0
+    other.dispose()
 
 
 def settled(worker: Worker) -> int:

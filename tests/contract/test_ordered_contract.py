@@ -1,4 +1,7 @@
-"""Per key in order with running workers on real brokers: rebalances, stops, frozen and killed processes."""
+"""Per key in order with running workers: waits, stops, frozen and killed processes.
+
+The embedded broker gives messages of one queue to several workers and has no order to keep: it refuses.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,21 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, make_url, text
 from tenacity import Retrying, stop_after_attempt, wait_fixed
 
 from idemq import Message, RetryLater
+from idemq.embedded import Embedded
+from idemq.errors import SetupError
 from tests.attacked import Field, attacked, children, freeze
 from tests.contract.brokers import Broker, KafkaBroker, RabbitBroker
-from tests.contract.running import Act, Shop, sent
+from tests.contract.running import Act, Make, Shop, sent
 from tests.servers import eventually
 from tests.test_attacks import IDLE_ENDS
 
@@ -44,14 +49,12 @@ def brokers(*kinds: str) -> pytest.MarkDecorator:
 
 EVERY = ("kafka", "rabbitmq", "rabbitmq-classic")
 
-Make = Callable[..., Shop]
-
 
 @pytest.fixture
-def make(broker: Broker, postgres_url: URL) -> Iterator[Make]:
+def make(broker: Broker, kind: str, postgres_url: URL) -> Iterator[Make]:
     shops: list[Shop] = []
 
-    def shop(act: Act = lambda message: None, kind: str = "sync", **options: Any) -> Shop:
+    def shop(act: Act = lambda message: None, **options: Any) -> Shop:
         shops.append(Shop(postgres_url, broker.source(), kind, act, **{**ORDERED, **options}))
         return shops[-1]
 
@@ -98,7 +101,6 @@ def test_a_worker_that_stops_leaves_no_gap_for_the_next_one(broker: Broker, make
 
 
 @pytest.mark.hazard("H35")
-@pytest.mark.parametrize("kind", ["sync", "async"])
 @brokers("kafka", "rabbitmq")
 def test_one_of_a_key_at_a_time_and_different_keys_side_by_side(
     broker: Broker, make: Make, kind: str
@@ -124,7 +126,7 @@ def test_one_of_a_key_at_a_time_and_different_keys_side_by_side(
         await asyncio.sleep(0.002)
         running[key] -= 1
 
-    shop = make(watch_async if kind == "async" else watch, kind, concurrency=4)
+    shop = make(watch_async if kind == "async" else watch, concurrency=4)
     for start in range(1, 61, 3):  # keys a and b take turns
         broker.publish(sent(start, start + 1), headers={"key": "a"})
         broker.publish(sent(start + 2), headers={"key": "b"})
@@ -204,12 +206,18 @@ def test_a_key_that_cannot_be_told_is_a_dead_letter_and_the_others_stay_in_order
     assert broker.left() == 0
 
 
+def test_the_embedded_broker_refuses_to_order(tmp_path: Path, kind: str) -> None:
+    url, queue = make_url(f"sqlite:///{tmp_path / 'shop.db'}"), Embedded(tmp_path / "broker.db").queue("q")
+    with pytest.raises(SetupError, match="ordered"):
+        Shop(url, queue, kind, **ORDERED)
+
+
 # ---- processes
 
 
 @pytest.fixture
-def scene(broker: Broker, tmp_path: Path, postgres_url: URL) -> Iterator[tuple[Field, Shop]]:
-    with attacked(tmp_path, postgres_url, broker, "sync") as (field, shop):
+def scene(broker: Broker, kind: str, tmp_path: Path, postgres_url: URL) -> Iterator[tuple[Field, Shop]]:
+    with attacked(tmp_path, postgres_url, broker, kind) as (field, shop):
         field.options = {**ORDERED, "prefetch": 8}
         yield field, shop
 
