@@ -6,6 +6,7 @@ that acknowledging on `Ack`, `Dead` or `Parked` can lose nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,6 +22,14 @@ MAX_ID_BYTES = 1024
 
 #: Header names that carry an id when the broker's own property is empty, tried in this order.
 ID_HEADERS = ("message-id", "message_id", "x-message-id", "idempotency-key")
+
+#: A canonical UUID, of any version but 8 of RFC 9562's variant.
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-(?!8...-[89ab])[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+#: CloudEvents' source and id, as AMQP and Kafka spell them.
+_CLOUD_EVENT = [
+    (f"{prefix}source", f"{prefix}id") for prefix in ("cloudEvents:", "cloudEvents_", "ce_", "ce-")
+]
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -147,11 +156,11 @@ def _first_header(message: Message, names: Sequence[str]) -> object:
 
 
 def _cloud_event(message: Message) -> object:
-    for prefix in ("cloudEvents:", "cloudEvents_", "ce_", "ce-"):
-        source = _first_header(message, (prefix + "source",))
-        event = _first_header(message, (prefix + "id",))
-        if isinstance(source, str) and isinstance(event, str):
-            return f"{source} {event}"
+    for names in _CLOUD_EVENT:
+        if names[0] in message.headers:
+            source, event = (_first_header(message, (name,)) for name in names)
+            if isinstance(source, str) and isinstance(event, str):
+                return f"{source} {event}"
     return None
 
 
@@ -166,14 +175,8 @@ def key_of(identifier: str) -> bytes:
     A canonical UUID (any version but 8) is itself; everything else is its BLAKE2b digest (RFC 7693), stamped
     as a version 8 UUID (RFC 9562), so that the two kinds cannot meet.
     """
-    if len(identifier) == 36:
-        try:
-            value = UUID(identifier)
-        except ValueError:
-            pass
-        else:
-            if str(value) == identifier and value.version != 8:
-                return value.bytes
+    if _UUID.fullmatch(identifier):
+        return bytes.fromhex(identifier.replace("-", ""))
     digest = bytearray(blake2b(encoded(identifier), digest_size=16).digest())
     digest[6] = digest[6] & 0x0F | 0x80
     digest[8] = digest[8] & 0x3F | 0x80
