@@ -20,6 +20,7 @@ from idemq.cli.tables import (
     fields_of,
     moment,
     print_facts,
+    print_first,
     print_json,
     print_part,
     print_table,
@@ -64,14 +65,7 @@ def list_doubt(
     found, now = database.do(look)
     if effect is not None and not found and effect not in database.app.effects:
         raise SetupError(f"no effect named {effect!r} is declared, or in doubt")
-    if as_json:
-        print_json([_as_json(each) for each in found[:limit]])
-    elif found:
-        _print_list(found[:limit], now)
-        if len(found) > limit:
-            typer.echo(f"These are the first {limit}; there are more: see --limit, or choose.")
-    else:
-        typer.echo("There are none.")
+    print_first(found, limit, _as_json if as_json else None, lambda some: _print_list(some, now))
 
 
 @commands.command()

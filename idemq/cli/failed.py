@@ -33,7 +33,7 @@ from idemq.cli.choosing import (
     write,
 )
 from idemq.cli.loading import AppName, Database, Failure, load
-from idemq.cli.tables import print_json
+from idemq.cli.tables import print_first, print_json
 from idemq.failed_rows import Which
 from idemq.ledger import clock
 
@@ -96,16 +96,9 @@ def _list(
             clock(connection),
         ),
     )
-    more = len(found) > limit
-    found = [replace(each, consumer=database.renamed(each.consumer)) for each in found[:limit]]
-    if as_json:
-        print_json([tables.as_json(each) for each in found])
-    elif found:
-        tables.print_letters(found, now)
-        if more:
-            typer.echo(f"These are the first {limit}; there are more: see --limit, or choose.")
-    else:
-        typer.echo("There are none.")
+    found = [replace(each, consumer=database.renamed(each.consumer)) for each in found]
+    one = tables.as_json if as_json else None
+    print_first(found, limit, one, lambda some: tables.print_letters(some, now))
 
 
 @dead.command()

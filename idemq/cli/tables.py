@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import typer
@@ -15,6 +15,8 @@ from rich.text import Text
 
 from idemq.audit import Entry
 from idemq.cli.harmless import one_line, shown
+
+T = TypeVar("T")
 
 #: How many columns a table has where no terminal says it.
 WIDTH = 160
@@ -54,6 +56,23 @@ def print_part(title: str, text: str) -> None:
 def print_json(value: Any) -> None:
     """ASCII only: no terminal obeys anything in it."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def print_first(
+    found: Sequence[T],
+    limit: int,
+    as_json: Callable[[T], Any] | None,
+    as_table: Callable[[Sequence[T]], None],
+) -> None:
+    """The first `limit` of what was found; one more was asked for, to know whether there are more."""
+    if as_json is not None:
+        print_json([as_json(each) for each in found[:limit]])
+    elif found:
+        as_table(found[:limit])
+        if len(found) > limit:
+            typer.echo(f"These are the first {limit}; there are more: see --limit, or choose.")
+    else:
+        typer.echo("There are none.")
 
 
 def plain(value: Any) -> Any:
