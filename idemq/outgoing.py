@@ -46,6 +46,12 @@ WAITING, SENDING, IN_DOUBT, FAILED = 1, 2, 3, 4
 #: How long a row belongs to the process that has picked it, in seconds, unless that renews it.
 LEASE = 60.0
 
+#: Where PostgreSQL tells of what was planned.
+CHANNEL = "idemq_outgoing"
+#: Relays of this process. What is planned in it is known to them; to tell others as well would have every
+#: commit wait for the one before it, because PostgreSQL keeps notifications in the order of the commits.
+relays: set[object] = set()
+
 #: The largest message or payload, body and headers together, and the most that is picked at a time, in bytes.
 MAX_BYTES = 16 * 1024 * 1024
 
@@ -114,8 +120,11 @@ def plan(
     times = dict.fromkeys(("not_before", "at", "last_at"), text(NOW[kind_of(connection.dialect)]))
     row = {"pk": pk.bytes, "kind": kind, "state": WAITING, "target": target.encode(), "lane": lane}
     row |= {"destination": packed({"address": address}), "body": message.body, **parts, **times}
+    statement: Any = insert(table).values(row)
+    if connection.dialect.name == "postgresql" and not relays:
+        statement = statement.returning(func.pg_notify(CHANNEL, ""))
     with names.naming_missing_tables():
-        connection.execute(insert(table).values(row))
+        connection.execute(statement)
     return pk
 
 

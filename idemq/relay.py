@@ -17,7 +17,8 @@ from idemq.broker import Broker
 from idemq.effect_calls import EffectPump
 from idemq.effects import Effect
 from idemq.ledger import clock
-from idemq.outgoing import EFFECT, MESSAGE
+from idemq.listening import Listener, can_listen
+from idemq.outgoing import EFFECT, MESSAGE, relays
 from idemq.packing import shown
 from idemq.pumps import Database, MessagePump, Pump
 
@@ -38,8 +39,13 @@ class Leaving:
 
     @property
     def pool(self) -> Pool:
-        """Which has to give the relay one connection."""
+        """Which has to give the relay its connections."""
         return self.engine.sync_engine.pool if isinstance(self.engine, AsyncEngine) else self.engine.pool
+
+    @property
+    def connections(self) -> int:
+        """One for all that is sent, and one to listen."""
+        return 2 if can_listen(self.engine) else 1
 
     @property
     def asynchronous(self) -> bool:
@@ -86,6 +92,11 @@ class Relay:
         effects = [EffectPump(effect, database, schema, loop) for effect in leaving.effects]
         messages = [MessagePump(broker, database, schema) for broker in leaving.brokers]
         self._pumps: list[Pump] = [*effects, *messages, Strays(leaving, database)]
+        self._listener = None
+        if can_listen(leaving.engine):
+            self._listener = Listener(leaving.engine, loop, self.wake)
+            self._listener.start()
+        relays.add(self)
         for pump in self._pumps:
             pump.start()
 
@@ -96,6 +107,9 @@ class Relay:
 
     def pause(self) -> None:
         """Begin nothing more."""
+        relays.discard(self)
+        if self._listener is not None:
+            self._listener.stop()
         for pump in self._pumps:
             pump.stop()
 
@@ -104,6 +118,8 @@ class Relay:
         end = time.monotonic() + grace
         for pump in self._pumps:
             pump.join(max(0.0, end - time.monotonic()))
+        if self._listener is not None:
+            self._listener.join(max(1.0, end - time.monotonic()))
         self.report()
         return not any(pump.is_alive() for pump in self._pumps)
 

@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from idemq import App, Message, SetupError
 from idemq.cli.run import prepare, refuse_small_pools
+from idemq.embedded import Embedded
 from idemq.packing import shown
 from tests.core_tools import NOWHERE
 from tests.servers import eventually
@@ -256,6 +257,14 @@ def test_a_pool_that_is_too_small_for_the_lanes_is_refused(asynchronous: bool) -
 def test_a_pool_that_is_large_enough_for_the_lanes_is_used(options: dict[str, Any]) -> None:
     app = crowded(**options)
     refuse_small_pools(app, list(app.consumers.values()))
+
+
+def test_the_relay_needs_one_to_send_and_one_to_listen() -> None:
+    engine = create_engine("postgresql+psycopg://nowhere.invalid/", pool_size=2, max_overflow=0)
+    app = App(engine, brokers=[Embedded("/nowhere/at/all.db")])
+    app.consumer("receipts", NOWHERE)(lambda message: None)
+    with pytest.raises(SetupError, match=r"1 connections, .* and 2 for the relay, .* gives 2: .*pool_size=3"):
+        refuse_small_pools(app, list(app.consumers.values()))
 
 
 def test_only_the_chosen_consumers_need_connections() -> None:

@@ -149,13 +149,14 @@ def refuse_small_pools(app: App, chosen: list[Declared]) -> None:
         if not isinstance(pool, QueuePool) or pool._max_overflow < 0:
             continue  # it gives as many as are wanted
         needed, most = sum(each.concurrency for each in several), pool.size() + pool._max_overflow
-        needed += int(leaving is not None and leaving.pool is pool)
-        if needed > most:
+        relay = leaving.connections if leaving is not None and leaving.pool is pool else 0
+        if needed + relay > most:
             names = ", ".join(repr(each.consumer.name) for each in several)
-            relay = " and one for the relay" if leaving is not None else ""
+            and_relay = f" and {relay} for the relay" if relay else ""
             raise SetupError(
                 f"consumer {names}: concurrency needs {needed} connections, one for each message worked on"
-                f"{relay}, but the pool of the engine gives {most}: create_engine(..., pool_size={needed}), "
+                f"{and_relay}, but the pool of the engine gives {most}: "
+                f"create_engine(..., pool_size={needed + relay}), "
                 "or a lower concurrency"
             )
 
