@@ -262,7 +262,10 @@ def test_a_pool_that_is_large_enough_for_the_lanes_is_used(options: dict[str, An
 def test_the_relay_needs_one_to_send_and_one_to_listen() -> None:
     engine = create_engine("postgresql+psycopg://nowhere.invalid/", pool_size=2, max_overflow=0)
     app = App(engine, brokers=[Embedded("/nowhere/at/all.db")])
-    app.consumer("receipts", NOWHERE)(lambda message: None)
+
+    @app.consumer("receipts", NOWHERE)
+    def handle(message: Message) -> None: ...
+
     with pytest.raises(SetupError, match=r"1 connections, .* and 2 for the relay, .* gives 2: .*pool_size=3"):
         refuse_small_pools(app, list(app.consumers.values()))
 
