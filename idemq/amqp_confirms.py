@@ -117,11 +117,16 @@ class Open:
     def _give_back(self, answer: Returned) -> None:
         """A return carries no tag. Of messages that are the same in all that it says, any may be meant: all
         of them count as returned, since one too many is sent again, and one too few is lost."""
-        for tag, sent in self._parcels.items():
-            if (sent.exchange, sent.routing_key, sent.id) == (
-                answer.exchange, answer.routing_key, answer.id,
-            ) and sent.body == answer.body:  # fmt: skip
-                self._returned[tag] = _unroutable(answer)
+        found = [
+            tag
+            for tag, sent in self._parcels.items()
+            if (sent.exchange, sent.routing_key, sent.id) == (answer.exchange, answer.routing_key, answer.id)
+            and sent.body == answer.body
+        ]
+        if not found:  # its ack would pass for that of a message that was kept
+            raise amqp.UnexpectedFrame(f"RabbitMQ returned a message that was not sent: {answer.id!r}")
+        for tag in found:
+            self._returned[tag] = _unroutable(answer)
 
 
 _NACKED = "RabbitMQ refused it: the queue is full (x-overflow: reject-publish), or it has failed"

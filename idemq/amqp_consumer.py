@@ -83,8 +83,10 @@ class QueueSubscription:
 
     @property
     def failure(self) -> BaseException | None:
-        """Always None: a deleted queue may come back, and a refused password may be a broker starting up."""
-        return None
+        """Nothing that the broker says: a deleted queue may come back, and a refused password may be a broker
+        starting up."""
+        ended = not self._thread.is_alive() and not self._closing.is_set()
+        return RuntimeError("its thread has ended") if ended and os.getpid() == self._pid else None
 
     @property
     def connected(self) -> bool:
@@ -128,14 +130,16 @@ class QueueSubscription:
                 self._waker.send(b"\0")
 
     def _run(self) -> None:
-        while not self._closing.is_set():
-            try:
-                self._serve()
-            except Exception as error:
-                if not (self._closing.is_set() or self._paused):
-                    self._pause_after(error)
-        self._wakeup.close()
-        self._waker.close()
+        try:
+            while not self._closing.is_set():
+                try:
+                    self._serve()
+                except Exception as error:
+                    if not (self._closing.is_set() or self._paused):
+                        self._pause_after(error)
+        finally:
+            self._wakeup.close()
+            self._waker.close()
 
     def _serve(self) -> None:
         if self._paused:  # the connection broke after `pause`: nothing is left to be settled on another one

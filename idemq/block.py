@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from idemq import names, options, schema
 from idemq.drivers import is_transient, kind_of
-from idemq.errors import BrokeTransaction, Conflict
+from idemq.errors import BrokeTransaction, Conflict, SetupError
 from idemq.guard import Guard, is_lent
 from idemq.ledger import WAIT, Claim, Ledger
 from idemq.message import Message, encoded, fingerprint_of, key_of, message_id
@@ -49,6 +49,8 @@ def request_of(
     schema.tables(database_schema)  # refuses a name that is no plain identifier
     key = key_of(message_id(_BODILESS, lambda _: identifier))  # type: ignore[arg-type]  # ints too
     content = encoded(body) if isinstance(body, str) else body
+    if not isinstance(content, bytes | bytearray | memoryview | None):
+        raise SetupError(f"once({consumer!r}): body= takes bytes or a text, not {type(body).__name__}")
     fingerprint = None if content is None else fingerprint_of(content)
     return Request(consumer, key, fingerprint, wait, database_schema, strict)
 

@@ -7,7 +7,7 @@ synchronous: a broker that needs a thread or an event loop of its own hides it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from idemq.message import Message
@@ -120,6 +120,8 @@ class Destination:
     broker: str
     #: RabbitMQ: exchange and routing key; Kafka: topic; embedded: queue.
     address: tuple[str, ...]
+    #: Raises `Unsendable` for a message that the broker could not carry, and that would wait for ever.
+    check: Callable[[Message], object] = field(default=lambda message: None, repr=False, compare=False)
 
 
 class Unsendable(Exception):

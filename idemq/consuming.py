@@ -91,7 +91,8 @@ class ConsumerWorker:
         if item.job is None:
             message, consumer = item.delivery.message, self.feed.consumer
             item.job = (consumer.suspect if self._suspicion.of(message) else consumer.job)(message)
-        if self._outage.holds(item) or self._copies.waits(item):
+        # In this order: a copy that asked for the database would wait for the first one, and that for it.
+        if self._copies.waits(item) or self._outage.holds(item):
             item.delivery.rest()
             return None
         if self.feed.consumer.deadline is not None:
@@ -100,11 +101,11 @@ class ConsumerWorker:
 
     def settle(self, item: Item, verdict: Verdict) -> None:
         """Act on the verdict, then let what waited for this one go on."""
+        if self.feed.consumer.deadline is not None:
+            self._timed.end(item)  # first: what is released may begin anew at once
         outcome = self._act(item, verdict)
         with self._lock:
             self.counts[outcome] += 1
-        if self.feed.consumer.deadline is not None:
-            self._timed.end(item)
         if not isinstance(verdict, Release) and (freed := self._freed(item)):
             self._lanes.put(freed)
 

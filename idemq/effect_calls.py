@@ -16,7 +16,7 @@ from sqlalchemy import Connection
 
 from idemq import outgoing
 from idemq.bridge import EventLoop
-from idemq.effect_rows import LOOK, EffectRows
+from idemq.effect_rows import LOOK, EffectRows, Step
 from idemq.effects import Effect
 from idemq.errors import NotSent, Refused
 from idemq.outgoing import Row
@@ -52,15 +52,32 @@ class EffectPump(Pump):
         for row, step in picked:
             call = self._look_up if step == LOOK else partial(self._send, until=until)
             thread = threading.Thread(target=self._attempt, args=(call, row), name=self.name, daemon=True)
-            self._running[row.seq] = thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads; the others of this batch may get one
+                self._not_begun(row, step, error)
+            else:
+                self._running[row.seq] = thread
         return len(picked) == free
+
+    def _reap(self) -> None:
+        if self._running:  # after an outage our own leases may have ended
+            self._renew()
+        super()._reap()
+
+    def _not_begun(self, row: Row, step: Step, error: RuntimeError) -> None:
+        effects, rest = self._effects, pause(row.attempts)
+        if step == LOOK:
+            self.database.run(lambda connection: effects.unknown(connection, row, error, rest))
+        else:
+            self.database.run(lambda connection: effects.not_sent(connection, row, error, rest))
 
     def _attempt(self, call: Callable[[Row, Any], Callable[[Connection], bool]], row: Row) -> None:
         try:
             payload = self._effect.decoder(row.message.body or b"")
         except Exception as error:
             wrong = error
+            log.error("%s: %s cannot be decoded (%s)", self.title, row.key, shown(words(error)))
             self._write(lambda connection: self._effects.not_sent(connection, row, wrong, None))
         else:
             self._write(call(row, payload))
@@ -79,9 +96,12 @@ class EffectPump(Pump):
             self._called(self._effect.function, payload, row.key)
         except NotSent as error:
             not_sent, since = error, row.message.sent_at
-            elapsed = max(0.0, (datetime.now(UTC) - since).total_seconds()) if since is not None else 0.0
+            elapsed = 0.0  # it may have been planned long before its first attempt
+            if since is not None and row.attempts > 1:
+                elapsed = max(0.0, (datetime.now(UTC) - since).total_seconds())
             delay = self._effect.policy(row.attempts, elapsed, error)
-            log.warning("%s: %s not sent (%s)", name, row.key, shown(words(error)))
+            end = "" if delay is not None else "; retries used up: see `idemq doubt list`"
+            log.warning("%s: %s not sent (%s)%s", name, row.key, shown(words(error)), end)
             return lambda connection: effects.not_sent(connection, row, not_sent, delay)
         except Refused as error:
             refused = error
@@ -117,7 +137,9 @@ class EffectPump(Pump):
         result = function(payload, key)
         if inspect.isawaitable(result):
             assert self._loop is not None
-            return self._loop.run(_awaited(result))
+            result = self._loop.run(_awaited(result))
+        if inspect.isgenerator(result) or inspect.isasyncgen(result):
+            raise TypeError("it returned a generator, of which nothing has run")
         return result
 
     def _write(self, step: Callable[[Connection], bool]) -> None:

@@ -28,6 +28,9 @@ Step = Literal["send", "look up"]
 SEND: Step = "send"
 LOOK: Step = "look up"
 
+#: Between attempts that the provider's key protects when the policy asks for none, in seconds.
+REST = 30.0
+
 DIED = "the process that sent it died, or froze for longer than its lease"
 
 
@@ -100,6 +103,8 @@ class EffectRows(Outgoing):
         unknown = row.first_sending_at is not None  # what an attempt before this one has sent
         state = WAITING if delay is not None else IN_DOUBT if unknown else FAILED
         more = {} if unknown else {"first_sending_at": None}
+        if state == IN_DOUBT and self._repeats.due is not None:  # resolved as any other doubt
+            delay = max(REST, self._repeats.due)
         return self._end(connection, row, (SENDING, IN_DOUBT), state, delay, error, **more)
 
     def refused(self, connection: Connection, row: Row, error: BaseException) -> bool:

@@ -89,6 +89,7 @@ def declare(
         raise SetupError(f"effect {name!r}: settle={settle!r} must be seconds from 0 up")
     look_up = repeat if callable(repeat) else None
     _one_effect(name, function)
+    _check_calls(name, function, look_up or function)
     effect = Effect(
         name,
         function,
@@ -113,6 +114,26 @@ def _one_effect(name: str, function: Callable[..., Any]) -> None:
         )
 
 
+def _check_calls(name: str, *functions: Callable[..., Any]) -> None:
+    for function in functions:
+        try:
+            inspect.signature(function).bind(None, "")
+        except TypeError:
+            raise SetupError(
+                f"effect {name!r}: {function!r} must take two arguments, the payload and the key (a str)"
+            ) from None
+        routine = _routine(function)
+        if inspect.isgeneratorfunction(routine) or inspect.isasyncgenfunction(routine):
+            raise SetupError(f"effect {name!r}: {function!r} is a generator: it must not yield")
+
+
+def _routine(function: Callable[..., Any]) -> Any:
+    routine: Any = function
+    while isinstance(routine, partial):
+        routine = routine.func
+    return routine if inspect.isroutine(routine) else type(routine).__call__  # an object with __call__
+
+
 def _seconds(value: object, least: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < float("inf")
 
@@ -121,17 +142,8 @@ def _decoder(name: str, function: Callable[..., Any]) -> Decoder:
     """Of the type of its first parameter; the second is the key."""
     parameters = inspect.signature(function).parameters.values()
     needed = [each for each in parameters if each.default is each.empty]
-    if len(needed) != 2:
-        raise SetupError(
-            f"effect {name!r}: its function takes two arguments, the payload and the key (a str)"
-        )
-    routine: Any = function
-    while isinstance(routine, partial):
-        routine = routine.func
-    if not inspect.isroutine(routine):  # an object with __call__
-        routine = type(routine).__call__
     try:
-        kind = get_type_hints(routine)[needed[0].name]
+        kind = get_type_hints(_routine(function))[needed[0].name]
     except (KeyError, NameError):
         raise SetupError(
             f"effect {name!r}: annotate {needed[0].name!r} with the payload's type, imported at the top"

@@ -48,7 +48,7 @@ class Embedded:
 
     def to(self, queue: str) -> Destination:
         """Where to publish."""
-        return Destination(self.name, (_checked("a queue's name", queue),))
+        return Destination(self.name, (_checked("a queue's name", queue),), _row)
 
     def publisher(self) -> Publisher:
         """Publishes whole batches, durably; with a connection of its own."""

@@ -49,8 +49,11 @@ _ENDING_MYSQL = re.compile(
     r"|SET\b.*?(?:@@|(?<![@\w]))(?:\w+\s*\.\s*)?autocommit\s*:?=)",
     re.IGNORECASE | re.DOTALL,
 )
-_CREATE = re.compile(r"\s*CREATE\b", re.IGNORECASE)
-_ROUTINE = re.compile(r"\b(?:TRIGGER|FUNCTION|PROCEDURE)\b", re.IGNORECASE)
+_SET_STATEMENT = re.compile(r"[\s*/]*SET\s+STATEMENT\b[^;]*?\bFOR\b", re.IGNORECASE)
+_ROUTINE = re.compile(
+    r"\s*CREATE\s+(?:OR\s+REPLACE\s+)?(?:(?:TEMP|TEMPORARY|CONSTRAINT)\s+)?(?:TRIGGER|FUNCTION|PROCEDURE)\b",
+    re.IGNORECASE,
+)
 _BEGIN = re.compile(r"\bBEGIN\b", re.IGNORECASE)
 _END = re.compile(r"\s*END\b", re.IGNORECASE)
 
@@ -62,19 +65,26 @@ def ends_transaction(sql: str, kind: str) -> bool:
     for statement in _HIDING[kind].sub(" ", sql).split(";"):
         if defining:
             defining = not _END.match(statement)
-        elif _ENDING.match(statement) or (mysql and _ENDING_MYSQL.match(statement)):
+        elif _ENDING.match(statement) or (mysql and _ENDING_MYSQL.match(_inner(statement))):
             return True
         else:
             defining = _begins_definition(statement)
     return False
 
 
+def _inner(statement: str) -> str:
+    """What MariaDB's `SET STATEMENT ... FOR` runs."""
+    while prefix := _SET_STATEMENT.match(statement):
+        statement = statement[prefix.end() :]
+    return statement
+
+
 def _begins_definition(statement: str) -> bool:
     """The statements from here to END belong to a definition; nothing is run.
 
-    Three searches, because one pattern for all three words takes time by the square of the length.
+    Two searches, because one pattern for all words takes time by the square of the length.
     """
-    routine = _ROUTINE.search(statement) if _CREATE.match(statement) else None
+    routine = _ROUTINE.match(statement)
     return routine is not None and _BEGIN.search(statement, routine.end()) is not None
 
 

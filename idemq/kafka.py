@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from idemq.broker import Deliver, Destination, Publisher, Subscription
@@ -28,6 +29,7 @@ from idemq.kafka_connect import (
     ssl_options,
     told,
 )
+from idemq.kafka_parcels import record
 from idemq.kafka_process import process as process
 from idemq.kafka_process import process_sync as process_sync
 from idemq.kafka_process import release as release
@@ -132,7 +134,7 @@ class Kafka:
     def to(self, topic: str) -> Destination:
         """Where to publish; messages with the same key go to the same partition, in their order."""
         _check_topic(topic)
-        return Destination(self.name, (topic,))
+        return Destination(self.name, (topic,), partial(record, 0, (topic,)))
 
     def publisher(self) -> Publisher:
         """Publishes with `acks="all"`, by an idempotent producer."""

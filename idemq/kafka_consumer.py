@@ -55,6 +55,8 @@ class KafkaSubscription:
             return SetupError(
                 f"consumer {self._consumer!r} was started in process {self._pid}, before the fork"
             )
+        if self._failure is None and not self._thread.is_alive() and not self._closing.is_set():
+            return RuntimeError("its thread has ended")
         return self._failure
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from typing import Any, Unpack, overload
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -14,7 +13,7 @@ from idemq.inplace import InPlace, Options
 from idemq.message import Ack, Dead, Message
 
 #: By engine and consumer: what `process` was last called with, and what it made of that.
-_places: WeakKeyDictionary[Engine | AsyncEngine, dict[str, tuple[Any, InPlace]]] = WeakKeyDictionary()
+_places: dict[Engine | AsyncEngine, dict[str, tuple[Any, InPlace]]] = {}
 
 
 async def process(
@@ -81,6 +80,9 @@ def _place(
 def _message(record: Any, broker: str) -> Message:
     from idemq.kafka_records import message_from  # needs aiokafka, which is an extra
 
+    for part in (record.key, record.value):
+        if part is not None and not isinstance(part, bytes):
+            raise SetupError("process() needs a consumer without deserializers: a key and a body of bytes")
     return message_from(record, broker)
 
 

@@ -43,9 +43,17 @@ class Claim:
     xid: str | None = None
 
 
+#: Whatever the session's default is.
+_DURABLE = """CASE current_setting('synchronous_commit') WHEN 'off' THEN
+  set_config('synchronous_commit', 'on', true) END"""
+
+
 def clock(connection: Connection) -> datetime:
-    """The database's clock."""
-    query = text(f"SELECT {NOW[kind_of(connection.dialect)]} AS now").columns(now=schema.Time())
+    """The database's clock. On PostgreSQL the transaction's commit will reach the disk: what is written down
+    at this moment lets a message be acknowledged, or a call be made."""
+    kind = kind_of(connection.dialect)
+    durable = f", {_DURABLE}" if kind == "postgresql" else ""
+    query = text(f"SELECT {NOW[kind]} AS now{durable}").columns(now=schema.Time())
     moment: datetime = connection.execute(query).scalar_one()
     return moment
 
@@ -138,7 +146,7 @@ ON CONFLICT (consumer, id) DO UPDATE SET id = id RETURNING token, fingerprint
 # A parked message that is run again: its claim becomes that of the new attempt.
 _AGAIN_POSTGRESQL = """
 UPDATE {processed} SET at = now() WHERE consumer = :consumer AND id = :id
-RETURNING xmin::text, pg_current_xact_id_if_assigned()::text
+RETURNING xmin::text, pg_current_xact_id_if_assigned()::text, {durable}
 """
 
 _AGAIN = "UPDATE {processed} SET at = {now}, token = :token WHERE consumer = :consumer AND id = :id"
@@ -180,7 +188,8 @@ class Ledger:
 
     def _statement(self, dialect: Dialect, sql: str, **types: TypeEngine[Any]) -> Statement:
         whole_seconds = max(1, math.ceil(self._wait))
-        sql = sql.format(processed=self.processed, wait=whole_seconds, now=NOW[self.kind])
+        parts = {"processed": self.processed, "now": NOW[self.kind], "durable": _DURABLE}
+        sql = sql.format(wait=whole_seconds, **parts)
         return Statement(dialect, sql.strip(), **types)
 
     def check(self, connection: Connection) -> None:

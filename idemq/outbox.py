@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
-from idemq.broker import Destination
+from idemq.broker import Destination, Unsendable
 from idemq.errors import SetupError
 from idemq.message import MAX_ID_BYTES, Message, encoded
 from idemq.outgoing import MESSAGE, lane_of, plan
@@ -53,7 +53,7 @@ class Outbox:
         Messages with the same `key` reach a broker in the order in which they were written, one that it
         does not take holds those after it; on Kafka it is the record's key. `id`: your own message id instead
         of a random UUID. `properties`: of AMQP, `correlation_id` for example. Raises `ValueError` for more
-        than 16 MiB, and `TypeError` for a body that is no JSON.
+        than 16 MiB and for what the broker could not carry, and `TypeError` for a body that is no JSON.
         """
         if not isinstance(destination, Destination):
             raise SetupError(f"publish() takes broker.to(...) as its destination, not {destination!r}")
@@ -67,6 +67,10 @@ class Outbox:
             content_type=content_type,
             properties=properties or {},
         )
+        try:
+            destination.check(message)
+        except Unsendable as error:
+            raise ValueError(f"it could never be published to {destination.broker!r}: {error}") from None
         target = self._target
         connection = target.connection() if isinstance(target, Session) else target
         lane = None if key is None else lane_of(destination.broker, key)

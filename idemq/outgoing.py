@@ -37,7 +37,7 @@ from idemq.message import Message
 from idemq.packing import as_text, message_of, packed, properties_of, unpacked
 
 #: `idemq_outgoing.kind`.
-#: A reply that the broker does not take is given up: who asked has gone.
+#: A reply that the broker does not take is given up after some tries: who asked has gone.
 MESSAGE, EFFECT, REPLY = 1, 2, 3
 
 #: `idemq_outgoing.state`. A message is never in doubt: who receives it removes duplicates.

@@ -38,6 +38,10 @@ LOOK_EVERY = 0.25
 #: How many messages are published in one batch, and how long a broker may take for it, in seconds.
 BATCH = 500
 PUBLISH_WITHIN = 15.0
+#: So often an answer is offered to a broker that does not take it; then who asked has gone.
+REPLY_TRIES = 6
+#: Lock time-outs and the like in a row that are nothing to tell of.
+CONTENDED = 3
 
 
 class Database:
@@ -91,21 +95,26 @@ class Pump(threading.Thread, ABC):
             self._woken.clear()
             try:
                 if time.monotonic() >= self._reaped + outgoing.LEASE / 4:
-                    self.database.run(self._rows.reap)
+                    self._reap()
                     self._reaped = time.monotonic()
                 more = self.round()
                 failures = 0
             except Exception as error:
-                if isinstance(error, DBAPIError) and is_contention(error):
-                    continue
                 failures += 1
                 rest = pause(failures)
+                if isinstance(error, DBAPIError) and is_contention(error) and failures <= CONTENDED:
+                    self.stopping.wait(rest / 10)
+                    continue
                 log.warning("%s: %s; tried again in %.1f s", self.title, shown(words(error)), rest)
                 self.stopping.wait(rest)
                 continue
             if not more:
                 self._woken.wait(LOOK_EVERY)
         self.leave()
+
+    def _reap(self) -> None:
+        """What others held that have died is due again. Raises database errors."""
+        self.database.run(self._rows.reap)
 
     @abstractmethod
     def round(self) -> bool:
@@ -122,16 +131,19 @@ class MessagePump(Pump):
         self._messages = Messages(broker.name, uuid4().bytes, schema)
         super().__init__(broker.name, database, self._messages)
         self._publisher: Publisher = broker.publisher()
+        self._batch = BATCH
 
     def round(self) -> bool:
-        rows = self.database.run(lambda connection: self._messages.pick(connection, BATCH))
+        batch = self._batch
+        self._batch = max(1, batch // 2)  # of more than a broker confirms in time nothing would ever be done
+        rows = self.database.run(lambda connection: self._messages.pick(connection, batch))
         left = {row.seq: row for row in rows}
         end = time.monotonic() + outgoing.LEASE / 2
         try:
             while left and not self.stopping.is_set() and time.monotonic() < end:
-                batch = _first_of_lanes(left.values())
-                refused = self._publish(batch)
-                for row in batch:
+                first = _first_of_lanes(left.values())
+                refused = self._publish(first)
+                for row in first:
                     del left[row.seq]
                 held = {row.lane for row in refused} - {None}
                 if any(row.lane in held for row in left.values()):
@@ -140,7 +152,8 @@ class MessagePump(Pump):
             if left:
                 unsent = [(row, None, 0.0) for row in left.values()]
                 self.database.run(lambda connection: self._messages.unsent(connection, unsent))
-        return len(rows) == BATCH
+        self._batch = min(BATCH, 2 * batch)
+        return len(rows) == batch
 
     def _publish(self, batch: list[Row]) -> list[Row]:
         """Those that the broker does not take. Raises `BrokerUnavailable`."""
@@ -153,7 +166,7 @@ class MessagePump(Pump):
         for row, why in zip(batch, answers, strict=True):
             if why is None:
                 sent.append(row)
-            elif row.kind == REPLY:
+            elif row.kind == REPLY and row.attempts >= REPLY_TRIES:
                 log.warning(
                     "%s: who waited at %r has gone: %s", self.title, " ".join(row.address), shown(why)
                 )

@@ -29,7 +29,7 @@ from idemq.amqp_confirms import Confirms, Receipts
 from idemq.amqp_consumer import QueueSubscription
 from idemq.amqp_frames import Inbox
 from idemq.amqp_link import Link, Wire, refuse_fork
-from idemq.amqp_parcels import SHORT_BYTES
+from idemq.amqp_parcels import SHORT_BYTES, parcel
 from idemq.amqp_publisher import AmqpPublisher
 from idemq.amqp_risks import risks
 from idemq.amqp_url import Address, addresses, description_of
@@ -95,7 +95,7 @@ class RabbitMQ:
         for name in address:
             if not isinstance(name, str) or len(encoded(name)) > SHORT_BYTES:
                 raise SetupError(f"RabbitMQ: to() takes texts of at most {SHORT_BYTES} bytes, not {name!r}")
-        return Destination(self.name, address)
+        return Destination(self.name, address, partial(parcel, 0, address))
 
     def publisher(self) -> AmqpPublisher:
         """Publishes with confirms, mandatory and persistent."""

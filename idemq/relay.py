@@ -18,7 +18,7 @@ from idemq.effect_calls import EffectPump
 from idemq.effects import Effect
 from idemq.ledger import clock
 from idemq.listening import Listener, can_listen
-from idemq.outgoing import EFFECT, MESSAGE, relays
+from idemq.outgoing import EFFECT, MESSAGE, REPLY, relays
 from idemq.packing import shown
 from idemq.pumps import Database, MessagePump, Pump
 
@@ -59,8 +59,10 @@ class Strays(Pump):
     def __init__(self, leaving: Leaving, database: Database) -> None:
         super().__init__("undeclared", database, self)
         self._table = tables.table("idemq_outgoing", leaving.schema)
+        brokers = [broker.name.encode() for broker in leaving.brokers]
         self._declared = {
-            MESSAGE: [broker.name.encode() for broker in leaving.brokers],
+            MESSAGE: brokers,
+            REPLY: brokers,
             EFFECT: [effect.name.encode() for effect in leaving.effects],
         }
         self._tell_at = float("-inf")
@@ -77,7 +79,7 @@ class Strays(Pump):
         due = c.not_before <= clock(connection) - timedelta(seconds=TELL_EVERY)
         query = select(c.kind, c.target, func.count(), func.min(c.at)).where(strange, due)
         for kind, target, count, since in connection.execute(query.group_by(c.kind, c.target)):
-            what, where = ("broker", "App(brokers=...)") if kind == MESSAGE else ("effect", "@app.effect")
+            what, where = ("effect", "@app.effect") if kind == EFFECT else ("broker", "App(brokers=...)")
             name, then = shown(target.decode()), since.isoformat(" ", "seconds")
             text = "%d for the %s %r wait, since %s: this app does not declare it, see %s; they are kept"
             log.error(text, count, what, name, then, where)

@@ -58,7 +58,7 @@ class Replies:
             return
         by_property = question.properties.get("reply_to") is not None
         name, correlation = _header(question, CORRELATION)
-        correlation = question.properties.get("correlation_id") or correlation or question.id
+        correlation = _short(question.properties.get("correlation_id") or correlation or question.id)
         answer = Message(
             body=body,
             headers={} if by_property else {name: correlation},
@@ -81,6 +81,12 @@ def _text(where: Any) -> Any:
         return as_text(where)
     except UnicodeDecodeError:
         return where
+
+
+def _short(correlation: object) -> str:
+    """As every broker carries it: a text of at most 255 bytes."""
+    text = correlation.decode("utf-8", "replace") if isinstance(correlation, bytes) else str(correlation)
+    return text.encode("utf-8", "replace")[:255].decode("utf-8", "ignore")
 
 
 def _header(message: Message, names: tuple[str, ...]) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import sqlalchemy
 from sqlalchemy import Connection, Table, false, update
 from sqlalchemy.engine import NestedTransaction
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchTableError, SQLAlchemyError
 from sqlalchemy.orm import SessionTransaction
 
 from idemq import scopes
@@ -120,15 +120,17 @@ def _violated_sqlite(connection: Connection, what: str) -> set[str]:
     columns = [column.rpartition(".") for column in what.split(", ")]
     table, names = columns[0][0], {name for _, _, name in columns}
     schema = sqlalchemy.inspect(connection)
-    key = schema.get_pk_constraint(table)
     called = {what}
+    try:
+        key = schema.get_pk_constraint(table)
+    except NoSuchTableError:  # of an attached database: what it was called is all that is known
+        return called
     for constraint in schema.get_unique_constraints(table):
         if set(constraint["column_names"]) == names and constraint["name"]:
             called.add(constraint["name"])
     for index in schema.get_indexes(table):
         if index["unique"] and set(index["column_names"]) == names and index["name"]:
             called.add(index["name"])
-    key = schema.get_pk_constraint(table)
     if set(key["constrained_columns"]) == names and key["name"]:
         called.add(key["name"])
     return called

@@ -86,12 +86,13 @@ def leaving(
     """The given brokers and effects, and all others that rows are there for: brokers first, by name."""
     c = tables.table("idemq_outgoing", schema).c
     states = (outgoing.WAITING, outgoing.SENDING, outgoing.IN_DOUBT, outgoing.FAILED)
+    leaves_as = case((c.kind == outgoing.EFFECT, outgoing.EFFECT), else_=outgoing.MESSAGE)
     query = select(
-        c.kind,
+        leaves_as.label("leaves_as"),
         c.target,
         *(func.sum(case((c.state == state, 1), else_=0)) for state in states),
         func.min(case((c.state == outgoing.WAITING, c.at))),
-    ).group_by(c.kind, c.target)
+    ).group_by("leaves_as", c.target)
     found = {(kind, target.decode()): counts for kind, target, *counts in connection.execute(query)}
     given = {(outgoing.MESSAGE, name) for name in brokers} | {(outgoing.EFFECT, name) for name in effects}
     targets = []

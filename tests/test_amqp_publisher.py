@@ -340,6 +340,16 @@ def test_of_messages_that_a_return_cannot_tell_apart_none_is_confirmed() -> None
     assert [answers[place] is None for place in range(4)] == [False, False, True, True]
 
 
+@pytest.mark.hazard("H13")
+def test_a_return_of_nothing_that_was_sent_is_a_doubt_about_all() -> None:
+    """Ignored, the ack that follows would pass for that of a message that was kept."""
+    open_, answers = Open(), dict[int, str | None]()
+    open_.add(1, parcel(0))
+    with pytest.raises(amqp.UnexpectedFrame, match="was not sent"):
+        open_.hear(Returned("", "k", "i", b"another body", "312 NO_ROUTE"), answers)
+    assert answers == {}
+
+
 # On a server of the test's own: alarms, permissions, TLS
 
 

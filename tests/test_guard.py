@@ -53,6 +53,8 @@ ENDING: list[tuple[list[str], str]] = [
     *[
         (MYSQL, sql)
         for sql in (
+            "SET STATEMENT max_statement_time = 1 FOR TRUNCATE t",
+            "set statement a = 1 for set statement b = 2 for ALTER TABLE t ADD n int",
             "SET autocommit=1",
             "SET @@autocommit := 1",
             "SET SESSION autocommit = ON",
@@ -151,6 +153,7 @@ HARMLESS: list[tuple[list[str], str]] = [
             "LOAD DATA LOCAL INFILE 'f' INTO TABLE t",
             "ANALYZE FORMAT=JSON SELECT 1",
             "SET @n = 1",
+            "SET STATEMENT max_statement_time = 1 FOR UPDATE t SET n = 1",
             "SET @autocommit = 1",
             "SET SESSION innodb_lock_wait_timeout = 2",
             "SELECT @@autocommit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from pathlib import Path
 from time import monotonic
 from typing import Any, assert_type, cast
 
@@ -165,6 +166,19 @@ def test_a_violation_of_the_named_constraint_means_already_done(place: Place) ->
     assert place.rows(orders.c.note) == ["first"]
     # What came before and after the block is there; nothing of the block is.
     assert place.rows(stock.c.note, stock.c.num) == [("first", 1), ("second", 1)]
+
+
+def test_already_done_knows_the_columns_of_a_table_in_an_attached_database(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"ATTACH '{tmp_path / 'other.db'}' AS other")
+        connection.exec_driver_sql("CREATE TABLE other.orders (number INTEGER UNIQUE)")
+        for done in (False, True):
+            with guards.already_done(connection, "orders.number") as attempt:
+                connection.exec_driver_sql("INSERT INTO other.orders VALUES (1)")
+            assert attempt.done_before is done
+        connection.rollback()
+    engine.dispose()
 
 
 @on()

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.orm import Session
 
 from idemq.drivers import begin
-from idemq.errors import InFlight
+from idemq.errors import InFlight, RetryLater
 from idemq.ledger import Claim, Ledger
 from idemq.message import Ack, Message, Release, fingerprint_of, key_of
 from tests.core_tools import PROCESSED, REPEATED, Body, Shop, message, on, write
@@ -140,6 +140,40 @@ def test_a_claim_waits_for_the_disk_whatever_the_session_says(shop: Shop) -> Non
             connection.execute(text(f"ALTER DATABASE {name} SET synchronous_commit = {default}"))
             assert shop.attempts(look)(message(default)) == PROCESSED
     assert seen == ["on", "on", "local"]
+
+
+@pytest.mark.hazard("H16")
+@on(("postgres", "psycopg"), ("postgres", "asyncpg"), own=True)
+def test_what_is_written_down_of_a_failure_waits_for_the_disk_as_well(shop: Shop) -> None:
+    seen: list[str] = []
+
+    def fail_first(given: Message, session: Session) -> None:
+        seen.append(session.execute(text("SHOW synchronous_commit")).scalar_one())
+        if len(seen) == 1:
+            raise RetryLater(60)
+
+    with shop.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        name = shop.engine.url.database
+        connection.execute(text(f"ALTER DATABASE {name} SET synchronous_commit = off"))
+        connection.execute(text(WATCH))
+    attempts = shop.attempts(fail_first)
+    attempts(message("parked"))
+    attempts(message(None))  # a dead letter without a claim
+    shop.time_passes()
+    assert attempts.again() == [PROCESSED]
+    assert seen == ["on", "on"]
+    with shop.engine.connect() as connection:
+        assert set(connection.scalars(text("SELECT setting FROM seen_at_commit"))) == {"on"}
+
+
+#: What holds at the COMMIT of every row that lets a message be acknowledged.
+WATCH = """
+CREATE TABLE seen_at_commit (setting text);
+CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS
+  $$ BEGIN INSERT INTO seen_at_commit VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$;
+CREATE CONSTRAINT TRIGGER note AFTER INSERT OR UPDATE ON idemq_failed
+  DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION note();
+"""
 
 
 @contextmanager

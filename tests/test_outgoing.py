@@ -18,10 +18,13 @@ from idemq.broker import Destination
 from idemq.drivers import begin, is_contention
 from idemq.effect_rows import LOOK, SEND, EffectRows, Repeats
 from idemq.effects import Effects, declare
+from idemq.embedded import Embedded
 from idemq.errors import SetupError
+from idemq.kafka import Kafka
 from idemq.message import Message
 from idemq.outbox import Outbox
 from idemq.outgoing import FAILED, IN_DOUBT, LEASE, SENDING, WAITING, Messages, Row, lane_of, new_key
+from idemq.rabbitmq import RabbitMQ
 from tests import core_tools
 from tests.core_tools import Shop
 
@@ -200,9 +203,23 @@ def test_a_message_whose_lease_was_lost_is_not_given_back_by_its_former_owner(en
     assert rows(engine) == []
 
 
+AMQP = RabbitMQ("amqp://guest:guest@127.0.0.1:1//").to("orders")
+KAFKA = Kafka("127.0.0.1:1").to("orders")
+IN_FILE = Embedded("/nowhere/at/all.db").to("orders")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"destination": "orders"}, "broker.to"), ({"id": "x" * 1025}, "1024"), ({"id": ""}, "1024")],
+    [
+        ({"destination": "orders"}, "broker.to"),
+        ({"id": "x" * 1025}, "1024"),
+        ({"id": ""}, "1024"),
+        ({"destination": AMQP, "id": "x" * 256}, "AMQP allows 255"),
+        ({"destination": AMQP, "properties": {"expiration": 1000}}, "expiration must be a text"),
+        ({"destination": KAFKA, "headers": {"n": 1}}, "must be text or bytes"),
+        ({"destination": KAFKA, "properties": {"correlation_id": "1"}}, "make it a header"),
+        ({"destination": IN_FILE, "properties": {"correlation_id": "1"}}, "use a header"),
+    ],
 )
 def test_what_cannot_be_published_is_refused_at_once(
     engine: Engine, options: dict[str, Any], words: str
@@ -366,7 +383,8 @@ def test_not_sent_says_nothing_of_the_call_before(engine: Engine) -> None:
     process = Process(engine, BY_KEY)
     process.do("in_doubt", process.one(), ERROR, 0.0)
     assert process.do("not_sent", process.one(), ERROR, None)
-    assert state(engine) == [(IN_DOUBT, 2, False)]
+    assert state(engine) == [(IN_DOUBT, 2, True)]  # the provider's key goes on protecting
+    assert process.pick() == []  # for a while
 
 
 def test_what_is_refused_has_failed(engine: Engine) -> None:

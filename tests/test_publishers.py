@@ -18,7 +18,8 @@ from idemq.broker import Destination
 from idemq.embedded import Embedded
 from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka import Kafka
-from idemq.kafka_publisher import KafkaPublisher, Record
+from idemq.kafka_parcels import Record
+from idemq.kafka_publisher import KafkaPublisher
 from idemq.message import Message, message_id
 from idemq.rabbitmq import RabbitMQ
 from tests import kafka_tools as tools

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 
 from idemq.amqp_consumer import QueueDelivery, QueueSubscription
 from idemq.amqp_frames import Settled
-from idemq.broker import Delivery
+from idemq.broker import Delivery, Source, Subscription
 from idemq.errors import BrokerUnavailable, SetupError
+from idemq.kafka import Kafka
+from idemq.kafka_session import Session
 from idemq.rabbitmq import RabbitMQ
 from tests.rabbitmq_tools import Collector, Proxy, Server, consuming
 from tests.servers import eventually
@@ -39,6 +41,30 @@ def break_the_channel(delivery: Delivery) -> None:
     """Acknowledge a tag that was never delivered: the broker answers 406 and closes the channel."""
     assert isinstance(delivery, QueueDelivery)
     dataclasses.replace(delivery, tag=1_000_000).ack()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_by_itself_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its process would run on, and consume nothing."""
+
+    def end(self: object, *_: object) -> None:
+        raise SystemExit
+
+    async def end_async(self: object, *_: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(QueueSubscription, "_serve", end)
+    monkeypatch.setattr(Session, "run", end_async)
+    rabbit, topic = RabbitMQ("amqp://guest:guest@127.0.0.1:1//"), Kafka("127.0.0.1:1").topic("t", group="g")
+    sources: list[Source] = [rabbit.queue("q"), topic]
+    for source in sources:
+        _is_told(source.subscribe("c", lambda deliveries: None, 10))
+
+
+def _is_told(subscription: Subscription) -> None:
+    eventually(lambda: subscription.failure is not None)
+    assert "thread has ended" in str(subscription.failure)
+    subscription.close(1.0)
 
 
 def test_a_message_arrives_with_everything_its_publisher_said(

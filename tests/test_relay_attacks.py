@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, create_engine, update
 from sqlalchemy.exc import DBAPIError
+from tenacity import Retrying, stop_after_delay, wait_fixed
 
-from idemq import App, Effects, Outbox
+from idemq import App, Effects, NotSent, Outbox
 from idemq.broker import Destination
-from idemq.drivers import is_contention
+from idemq.drivers import begin, is_contention
 from idemq.embedded import Embedded
-from idemq.errors import SetupError
+from idemq.errors import BrokerUnavailable, SetupError
 from idemq.kafka import Kafka
 from idemq.message import Message
-from idemq.outgoing import Messages
+from idemq.outgoing import IN_DOUBT, Messages
 from idemq.rabbitmq import RabbitMQ
 from idemq.replies import Replies
+from idemq.status import leaving
 from tests import core_tools
 from tests.core_tools import Shop
 from tests.servers import eventually
@@ -39,7 +43,7 @@ from tests.test_outgoing import (
     plan,
     publish,
 )  # fmt: skip
-from tests.test_relay import SYNC, Provider, scene_of
+from tests.test_relay import SYNC, TABLE, Provider, plan_sms, received, scene_of
 
 __all__ = ["engine"]
 
@@ -208,6 +212,152 @@ def test_a_payload_type_that_is_none_is_refused() -> None:
         app.effect("a")(send)
     with pytest.raises(SetupError, match="payload"):
         app.effect("b")(nothing)
+
+
+def test_what_would_never_run_or_cannot_be_called_is_no_effect() -> None:
+    def generator(payload: str, key: str) -> Any:
+        yield key
+
+    async def async_generator(payload: str, key: str) -> Any:
+        yield key
+
+    def keyword(payload: str, *, key: str) -> None: ...
+
+    def named(payload: str, **key: str) -> None: ...
+
+    def send(payload: str, key: str) -> None: ...
+
+    app = App("sqlite:///shop.db")
+    never: list[Any] = [generator, async_generator, partial(generator)]
+    uncallables: list[Any] = [keyword, named, lambda payload: None]
+    look_ups: list[Any] = [lambda payload: True, generator]
+    for number, function in enumerate(never):
+        with pytest.raises(SetupError, match="must not yield"):
+            app.effect(f"never {number}")(function)
+    for number, uncallable in enumerate(uncallables):
+        with pytest.raises(SetupError, match="must take two arguments"):
+            app.effect(f"uncallable {number}")(uncallable)
+    for look_up in look_ups:
+        with pytest.raises(SetupError, match=r"two arguments|must not yield"):
+            app.effect("looked up", repeat=look_up)(send)
+
+
+@core_tools.on(("sqlite", "pysqlite"))
+def test_a_function_that_returns_a_generator_has_not_been_run(shop: Shop) -> None:
+    def generator(payload: Any, key: str) -> Any:
+        yield key
+
+    def send(payload: dict[str, str], key: str) -> Any:
+        return generator(payload, key)
+
+    with scene_of(shop) as scene:
+        scene.app.effect("sms")(send)
+        scene.write(lambda connection: Effects(connection).plan(send, {}))
+        with scene.relaying():
+            eventually(lambda: [row.state for row in scene.rows()] == [IN_DOUBT])
+        assert "a generator, of which nothing has run" in scene.rows()[0].error
+
+
+@core_tools.on(("sqlite", "pysqlite"))
+def test_the_time_before_the_first_attempt_uses_no_retries_up(shop: Shop) -> None:
+    """The relay may have been away for longer than the policy goes on trying."""
+    provider = Provider(NotSent("no route"))
+    with scene_of(shop) as scene:
+        plan_sms(scene, provider, retry=Retrying(stop=stop_after_delay(3600), wait=wait_fixed(0.1)))
+        long_ago = datetime.now(UTC) - timedelta(hours=2)
+        scene.write(lambda connection: connection.execute(update(TABLE).values(at=long_ago)))
+        with scene.relaying():
+            eventually(lambda: scene.rows() == [])
+    assert len(provider.calls) == 2
+
+
+@core_tools.on(("sqlite", "pysqlite"))
+def test_when_no_thread_can_be_started_nothing_was_sent(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refused = threading.Thread.start, list[str]()
+
+    def few(thread: threading.Thread) -> None:
+        if thread.name == "idemq-relay-sms" and type(thread) is threading.Thread and len(refused) < 3:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    provider = Provider()
+    with scene_of(shop) as scene:
+        plan_sms(scene, provider)
+        with scene.relaying():
+            eventually(lambda: scene.rows() == [])
+    assert (len(refused), len(provider.calls)) == (3, 1)
+
+
+class Slow:
+    """A publisher that has no answers in time for more than ten messages."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def publish(self, batch: Sequence[Any], timeout: float) -> list[str | None]:
+        if len(batch) > 10:
+            raise BrokerUnavailable("no answer in time")
+        answers: list[str | None] = self.inner.publish(batch, timeout)
+        return answers
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@core_tools.on(("sqlite", "pysqlite"))
+def test_of_more_than_a_broker_confirms_in_time_less_is_tried(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, make = Embedded(tmp_path / "broker.db"), Embedded.publisher
+    broker.declare("q")
+    monkeypatch.setattr(Embedded, "publisher", lambda self: Slow(make(self)))
+
+    def plan_many(connection: Connection) -> None:
+        for number in range(100):
+            Outbox(connection).publish(broker.to("q"), b"%d" % number)
+
+    with scene_of(shop, [broker]) as scene:
+        scene.write(plan_many)
+        with scene.relaying():
+            eventually(lambda: scene.rows() == [])
+    assert broker.depth("q")[0] == 100
+
+
+@core_tools.on(("sqlite", "pysqlite"))
+def test_a_relay_that_cannot_get_on_says_so(
+    shop: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Embedded(tmp_path / "broker.db")
+    broker.declare("q")
+    engine = create_engine(shop.url_of_driver(), connect_args={"timeout": 0.05})
+    with scene_of(shop) as scene:
+        scene.app = App(engine, brokers=[broker])
+        scene.write(lambda connection: Outbox(connection).publish(broker.to("q"), b"1"))
+        with scene.engine.connect() as holder, begin(holder), scene.relaying():
+            eventually(lambda: "database is locked" in caplog.text)
+        with scene.relaying():
+            eventually(lambda: scene.rows() == [])
+    engine.dispose()
+
+
+@core_tools.on(("sqlite", "pysqlite"))
+def test_an_answer_is_offered_again_before_it_is_given_up(shop: Shop, tmp_path: Path) -> None:
+    broker = Embedded(tmp_path / "broker.db")
+    broker.declare("q")
+    with scene_of(shop, [broker]) as scene:
+        question = Message(body=b"?", id="q1", headers={"reply-to": "answers", "correlation-id": 5})
+        scene.write(lambda connection: Replies(broker, 1, None).first(connection, b"k" * 16, question, "yes"))
+        assert [(each.name, each.kind, each.waiting) for each in scene.write(leaving)] == [
+            (broker.name, "broker", 1)
+        ]
+        with scene.relaying():
+            eventually(lambda: scene.rows()[0].error)
+            broker.declare("answers")
+            eventually(lambda: scene.rows() == [])
+    (answer,) = received(broker.queue("answers"), 1)
+    assert (answer.body, answer.headers["correlation-id"]) == (b'"yes"', "5")
 
 
 @SYNC

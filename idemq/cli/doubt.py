@@ -103,8 +103,8 @@ def resolve(
 ) -> None:
     """Decide about an effect that is in doubt or failed: --done, --resend or --failed.
 
-    Ask the provider first: to send again what has happened makes it happen twice, unless the provider does
-    nothing twice under one key.
+    Ask the provider first: to send again what has happened makes it happen twice. `--resend` says that
+    nothing has got through, so that the lifetime of the provider's key counts from the next call.
     """
     said = dict(zip(doubt.DECISIONS, (done, resend, failed), strict=True))
     if sum(said.values()) != 1:
