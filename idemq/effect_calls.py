@@ -78,7 +78,7 @@ class EffectPump(Pump):
         except Exception as error:
             wrong = error
             log.error("%s: %s cannot be decoded (%s)", self.title, row.key, shown(words(error)))
-            self._write(lambda connection: self._effects.not_sent(connection, row, wrong, None))
+            self._write(lambda connection: self._effects.not_sent(connection, row, wrong, None, hope=False))
         else:
             self._write(call(row, payload))
         self.wake()

@@ -98,12 +98,21 @@ class EffectRows(Outgoing):
             self._lock(connection, row)
             return self.delete(connection, self.mine(row, WAITING, SENDING, IN_DOUBT))
 
-    def not_sent(self, connection: Connection, row: Row, error: BaseException, delay: float | None) -> bool:
-        """This attempt sent nothing; another one in `delay` seconds, or none (None)."""
+    def not_sent(
+        self,
+        connection: Connection,
+        row: Row,
+        error: BaseException,
+        delay: float | None,
+        *,
+        hope: bool = True,
+    ) -> bool:
+        """This attempt sent nothing; another one in `delay` seconds, or none (None). Without `hope` a doubt
+        about those before it is a person's."""
         unknown = row.first_sending_at is not None  # what an attempt before this one has sent
         state = WAITING if delay is not None else IN_DOUBT if unknown else FAILED
         more = {} if unknown else {"first_sending_at": None}
-        if state == IN_DOUBT and self._repeats.due is not None:  # resolved as any other doubt
+        if state == IN_DOUBT and hope and self._repeats.due is not None:  # resolved as any other
             delay = max(REST, self._repeats.due)
         return self._end(connection, row, (SENDING, IN_DOUBT), state, delay, error, **more)
 
