@@ -107,8 +107,10 @@ class EffectRows(Outgoing):
         *,
         hope: bool = True,
     ) -> bool:
-        """This attempt sent nothing; another one in `delay` seconds, or none (None). Without `hope` a doubt
-        about those before it is a person's."""
+        """This attempt sent nothing; another one in `delay` seconds, or none (None).
+
+        Without `hope` a doubt about those before it is a person's.
+        """
         unknown = row.first_sending_at is not None  # what an attempt before this one has sent
         state = WAITING if delay is not None else IN_DOUBT if unknown else FAILED
         more = {} if unknown else {"first_sending_at": None}
