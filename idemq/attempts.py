@@ -118,6 +118,8 @@ class SyncUnit:
 
 def _refuse_unfinished(result: object) -> None:
     """What was returned instead of done, awaited or raised must not be acknowledged."""
+    if result is None:
+        return
     if inspect.iscoroutine(result):
         result.close()
     if inspect.isawaitable(result):

@@ -169,6 +169,7 @@ class Ledger:
         self.processed = f"{quote.quote_schema(database_schema)}." if database_schema else ""
         self.processed += "idemq_processed"
         self._wait = wait
+        self._bound = f"{max(1, round(wait * 1000))}ms"  # as PostgreSQL is told
         self.kind = kind_of(dialect)
         look = "SELECT token, fingerprint FROM {processed} WHERE consumer = :consumer AND id = :id"
         if self.kind == "postgresql":
@@ -260,7 +261,7 @@ class Ledger:
         return found
 
     def _claim_postgresql(self, connection: Connection, values: dict[str, Any]) -> Claim:
-        row = self._insert.first(connection, wait=f"{max(1, round(self._wait * 1000))}ms", **values)
+        row = self._insert.first(connection, wait=self._bound, **values)
         if row is not None:
             return Claim("fresh", row[0], row[1])
         # Only a new statement sees the row of a twin that committed after the first one's snapshot.
