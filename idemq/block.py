@@ -47,7 +47,7 @@ def request_of(
     """Raises `NoId` for an empty or overlong id, and `SetupError` for what else is wrong."""
     options.check(consumer, (), {"wait": wait})
     schema.tables(database_schema)  # refuses a name that is no plain identifier
-    key = key_of(message_id(_BODILESS, lambda _: identifier))  # type: ignore[arg-type]  # ints too
+    key = key_of(message_id(_BODILESS, lambda _: identifier))
     content = encoded(body) if isinstance(body, str) else body
     if not isinstance(content, bytes | bytearray | memoryview | None):
         raise SetupError(f"once({consumer!r}): body= takes bytes or a text, not {type(body).__name__}")

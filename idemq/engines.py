@@ -64,7 +64,7 @@ def watch_forks(engine: Engine) -> None:
     @event.listens_for(engine, "checkout")
     def _checkout(_connection: object, record: ConnectionPoolEntry, fairy: PoolProxiedConnection) -> None:
         if record.info.setdefault("idemq_process", os.getpid()) != os.getpid():
-            record.dbapi_connection = fairy.dbapi_connection = None  # type: ignore[misc]  # as its docs say
+            record.dbapi_connection = fairy.dbapi_connection = None  # type: ignore[misc]  # SQLAlchemy's recipe for forks sets both; the protocol has them read-only
             raise DisconnectionError("the connection belongs to the process that was forked")
 
 

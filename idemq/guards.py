@@ -210,7 +210,8 @@ def decrement(
     if isinstance(number.type, Integer) and not (isinstance(by, int) and isinstance(floor, int)):
         raise SetupError(f"decrement: {column!r} holds whole numbers, so by and floor must be int")
     # Not `number - by >= floor`: an unsigned number below zero is an error.
-    least: Any = by + floor  # type: ignore[operator]  # a Decimal and a float raise TypeError
+    amount: Any = by
+    least = amount + floor  # a Decimal and a float raise TypeError
     change = guarded.change(number >= least, {number: number - by}, number, returning=True)
     if not change.applied and change.seen is None:
         return Decrement(Outcome.MISSING, None)

@@ -14,6 +14,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from idemq.broker import Deliver, Destination, Publisher, Subscription
@@ -67,10 +68,8 @@ class Kafka:
         SSL verifies the server: against `ssl_cafile`, or the system's authorities; `ssl_context` replaces the
         three files. `sasl_token_provider` is an `aiokafka.abc.AbstractTokenProvider`, for OAUTHBEARER.
         """
-        try:
-            import aiokafka  # noqa: F401  # only whether it is there
-        except ImportError:
-            raise SetupError('Kafka needs aiokafka: pip install "idemq[kafka]"') from None
+        if find_spec("aiokafka") is None:
+            raise SetupError('Kafka needs aiokafka: pip install "idemq[kafka]"')
         if not name or not isinstance(name, str):
             raise SetupError("Kafka(name=...) must be a text that is not empty")
         self.name = name

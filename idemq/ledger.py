@@ -117,12 +117,10 @@ _POSTGRESQL = """
 INSERT INTO {processed} (consumer, id, fingerprint, sent_at, at) VALUES (
   CASE WHEN set_config('idemq.wait', current_setting('lock_timeout'), true) IS NOT NULL THEN
     CASE WHEN set_config('lock_timeout', :wait, true) IS NOT NULL THEN :consumer END END,
-  :id, :fingerprint, :sent_at,
-  CASE WHEN current_setting('synchronous_commit') <> 'off' THEN now()
-    WHEN set_config('synchronous_commit', 'on', true) IS NOT NULL THEN now() END)
+  :id, :fingerprint, :sent_at, now())
 ON CONFLICT (consumer, id) DO NOTHING
 RETURNING xmin::text, pg_current_xact_id_if_assigned()::text,
-  set_config('lock_timeout', current_setting('idemq.wait'), true)
+  set_config('lock_timeout', current_setting('idemq.wait'), true), {durable}
 """
 
 _MARIADB = """

@@ -109,7 +109,7 @@ class Release:
 Verdict = Ack | Dead | Parked | Release
 
 #: Where a consumer takes the id from: header names tried in order, or a function of the message.
-IdRule = Sequence[str] | Callable[[Message], str | UUID | None]
+IdRule = Sequence[str] | Callable[[Message], str | UUID | int | None]
 
 
 def message_id(message: Message, rule: IdRule | None) -> str:

@@ -31,9 +31,9 @@ Decoder = Callable[[bytes], Any]
 
 def decoder_for(kind: Any) -> Decoder:
     """The function that decodes JSON into `kind`: a dataclass, Struct, TypedDict or pydantic model."""
-    validate = getattr(kind, "model_validate_json", None)
-    if validate is not None:
-        return validate  # type: ignore[no-any-return]  # pydantic is optional and not imported here
+    validate: Decoder | None = getattr(kind, "model_validate_json", None)
+    if validate is not None:  # pydantic, which is optional and not imported here
+        return validate
     return msgspec.json.Decoder(kind).decode
 
 
